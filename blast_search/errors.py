@@ -1,0 +1,30 @@
+"""The errors a user can cause.  Every message says: got, expected, next step.
+
+The library raises them; only the command line turns them into exit codes.
+"""
+
+from __future__ import annotations
+
+
+class BlastSearchError(Exception):
+    """Base of all errors that a user can act on."""
+
+
+class UsageError(BlastSearchError):
+    """A wrong argument: unknown task, budget outside (0, 1], missing file (exit code 2)."""
+
+
+class MissingDependencyError(BlastSearchError):
+    """An optional package or file is not installed; the message holds the command (exit 1)."""
+
+
+class InfeasibleBudgetError(BlastSearchError):
+    """No plan meets the budgets (exit code 3); the message names the smallest reachable one."""
+
+
+class IncompatibleInputError(BlastSearchError):
+    """A corrupt file, or a model, plan or table that does not fit (exit code 4)."""
+
+
+class RunLockedError(BlastSearchError):
+    """Another process is using the run folder (exit code 5)."""
