@@ -1,0 +1,229 @@
+"""The measured tables as plain data (no torch).
+
+A Measurement was timed on a device; a score is a prediction.  They are different types, and
+neither is ever stored or printed as the other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from blast_search.errors import IncompatibleInputError
+from blast_search.files import append_row, read_rows
+from blast_search.space import DENSE, Candidate, LayerSpec
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to time: a layer shape, a token count, a candidate, on one kind of device."""
+
+    device: str  # fingerprint of device, driver, torch and thread count
+    mode: str  # how the call is made: "eager"
+    dtype: str
+    kernel: str  # the implementation chosen for this candidate (kernels.choose)
+    out_features: int
+    in_features: int
+    bias: bool
+    tokens: int
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Microseconds of repeated calls, and the median of the dense twin timed in between.
+
+    `ratio` is the median over rounds of candidate / dense: machine drift cancels in it.
+    """
+
+    median_us: float
+    p10_us: float
+    p90_us: float
+    runs: int
+    dense_us: float
+    ratio: float
+
+
+FIELDS = (
+    "device", "mode", "dtype", "kernel", "out_features", "in_features", "bias", "tokens",
+    "candidate", "median_us", "p10_us", "p90_us", "runs", "dense_us", "ratio", "status",
+)  # fmt: skip
+
+
+def cell_row(cell: Cell, measured: Measurement | None, status: str = "ok") -> dict[str, Any]:
+    """A cell and its result as a CSV row; a cell that always fails has no numbers."""
+    values = vars(measured) if measured else {}
+    numbers = {k: v if isinstance(v, int) else f"{v:.6g}" for k, v in values.items()}
+    return (
+        dict.fromkeys(FIELDS, "")
+        | vars(cell)
+        | {"bias": int(cell.bias), "candidate": cell.candidate.key}
+        | numbers
+        | {"status": status}
+    )
+
+
+@dataclass
+class LatencyTable:
+    """Measured cells of one device; `path` (if any) receives every new cell durably."""
+
+    device: str
+    path: Path | None = None
+    cells: dict[Cell, Measurement | None] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path, device: str) -> LatencyTable:
+        """The table in `path` (created by the first `add`).
+
+        Raises:
+            IncompatibleInputError: a damaged row, or cells of another device.
+        """
+        table = cls(device, path)
+        for line, row in enumerate(read_rows(path, FIELDS), start=2):
+            cell, measured = _parse_row(row, f"{path}, line {line}")
+            if cell.device != device:
+                raise IncompatibleInputError(
+                    f"{path}, line {line}: measured on device {cell.device}, this is {device}. "
+                    "Latencies do not carry over: use another run folder (--out) here."
+                )
+            table.cells[cell] = measured
+        return table
+
+    def add(self, cell: Cell, measured: Measurement | None, status: str = "ok") -> None:
+        if self.path:
+            append_row(self.path, FIELDS, cell_row(cell, measured, status))
+        self.cells[cell] = measured
+
+    def costs(self, layer: LayerSpec) -> dict[Candidate, float]:
+        """Microseconds per model call of every candidate measured for all of a layer's calls.
+
+        The dense time of a shape is the median over all its twins; a candidate costs its
+        interleaved ratio times that.
+        """
+        twins = self._dense_us()
+        ratios: dict[tuple[int, Candidate], float] = {}
+        for cell, measured in self.cells.items():
+            if measured and _shape(cell) == (*layer.shape, layer.bias):
+                ratios[cell.tokens, cell.candidate] = measured.ratio
+        costs: dict[Candidate, float] = {}
+        for candidate in {candidate for _, candidate in ratios} | {DENSE}:
+            parts = []
+            for call in layer.calls:
+                dense = twins.get((*layer.shape, layer.bias, call.tokens))
+                ratio = 1.0 if candidate.is_dense else ratios.get((call.tokens, candidate))
+                if dense is None or ratio is None:
+                    break
+                parts.append(call.weight * dense * ratio)
+            else:
+                costs[candidate] = sum(parts)
+        return costs
+
+    def _dense_us(self) -> dict[tuple[int, int, bool, int], float]:
+        samples: dict[tuple[int, int, bool, int], list[float]] = defaultdict(list)
+        for cell, measured in self.cells.items():
+            if measured:
+                samples[(*_shape(cell), cell.tokens)].append(measured.dense_us)
+        return {key: median(values) for key, values in samples.items()}
+
+
+def _shape(cell: Cell) -> tuple[int, int, bool]:
+    return cell.out_features, cell.in_features, cell.bias
+
+
+def _parse_row(row: Mapping[str, str], origin: str) -> tuple[Cell, Measurement | None]:
+    try:
+        cell = Cell(
+            row["device"], row["mode"], row["dtype"], row["kernel"],
+            int(row["out_features"]), int(row["in_features"]), bool(int(row["bias"])),
+            int(row["tokens"]), Candidate.from_key(row["candidate"]),
+        )  # fmt: skip
+        if row["status"] != "ok":
+            return cell, None
+        measured = Measurement(
+            float(row["median_us"]), float(row["p10_us"]), float(row["p90_us"]),
+            int(row["runs"]), float(row["dense_us"]), float(row["ratio"]),
+        )  # fmt: skip
+    except (ValueError, IncompatibleInputError) as error:
+        raise IncompatibleInputError(
+            f"{origin}: {error}. Remove the damaged line; the cell will be measured again."
+        ) from error
+    if not (0 < measured.ratio < float("inf") and 0 < measured.dense_us < float("inf")):
+        raise IncompatibleInputError(f"{origin}: a latency must be positive and finite.")
+    return cell, measured
+
+
+@dataclass(frozen=True)
+class Score:
+    """Predicted harm of a candidate: its layer's relative error, and the model's added loss."""
+
+    error: float
+    loss: float
+
+
+@dataclass
+class ScoreTable:
+    """Predicted scores by layer and candidate."""
+
+    scores: dict[str, dict[Candidate, Score]] = field(default_factory=dict)
+
+    FIELDS = ("layer", "candidate", "predicted_error", "predicted_loss_increase")
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            dict(zip(self.FIELDS, (layer, c.key, f"{s.error:.6g}", f"{s.loss:.6g}"), strict=True))
+            for layer, scores in self.scores.items()
+            for c, s in scores.items()
+        ]
+
+    @classmethod
+    def read(cls, path: Path) -> ScoreTable:
+        table = cls()
+        for row in read_rows(path, cls.FIELDS):
+            try:
+                score = Score(float(row[cls.FIELDS[2]]), float(row[cls.FIELDS[3]]))
+            except ValueError as error:
+                raise IncompatibleInputError(f"{path}: {error}. Remove the file.") from error
+            table.scores.setdefault(row["layer"], {})[Candidate.from_key(row["candidate"])] = score
+        return table
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice of a layer as the solver sees it."""
+
+    candidate: Candidate
+    cost_us: float
+    loss: float
+
+
+def layer_options(
+    layers: Iterable[LayerSpec], latency: LatencyTable, scores: ScoreTable, floor: float = 1.0
+) -> dict[str, list[Option]]:
+    """Per layer, the candidates that are measured and scored, dominated ones left out.
+
+    A candidate slower than `floor` times dense is dropped: dense is exact and faster.
+    """
+    options: dict[str, list[Option]] = {}
+    for layer in layers:
+        costs = latency.costs(layer)
+        dense = costs[DENSE]
+        found = [Option(DENSE, dense, 0.0)]
+        for candidate, score in scores.scores.get(layer.name, {}).items():
+            cost = costs.get(candidate)
+            if cost is not None and cost < dense * floor and not candidate.is_dense:
+                found.append(Option(candidate, cost, max(score.loss, 0.0)))
+        options[layer.name] = undominated(found)
+    return options
+
+
+def undominated(options: list[Option]) -> list[Option]:
+    """The options that no other beats in both cost and loss, cheapest first."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.cost_us, o.loss)):
+        if not kept or option.loss < kept[-1].loss:
+            kept.append(option)
+    return kept
