@@ -1,0 +1,194 @@
+"""The BLAST matrix: what it is, what it computes, what it costs.
+
+Legend (used in every file): A is (m, n), m = out_features, n = in_features, b x b blocks,
+p = m / b, q = n / b, rank r:
+
+    A_ij = U_i diag(s_ij) V_j^T      U: (b, p, r)   V: (b, q, r)   S: (b, b, r)
+    y    = concat_i( (sum_j s_ij * (x_j V_j)) U_i^T )
+
+Lee, Kwon, Qu, Kim: BLAST, NeurIPS 2024, arXiv 2410.21262, equations 1 to 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blast_search import kernels
+
+if TYPE_CHECKING:
+    from blast_search.factorize import Factors
+
+# Tokens per pass on the CPU: z and w of one pass stay in the cache.
+CPU_CHUNK = 256
+
+
+def to_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """The (m, n) matrix of the factors u (b, p, r), s (b, b, r), v (b, q, r)."""
+    b, q, r = v.shape
+    rows = s.unsqueeze(2) * v.unsqueeze(0)  # (i, j, q, r): diag(s_ij) V_j^T, transposed
+    return (u @ rows.reshape(b, b * q, r).transpose(1, 2)).reshape(-1, b * q)
+
+
+def blast_matmul(x: Tensor, u: Tensor, s: Tensor, v: Tensor, kernel: str | None = None) -> Tensor:
+    """x A^T for the BLAST matrix A of the factors; never builds a (b, b, T, r) tensor.
+
+    Args:
+        x: (..., n). u: (b, p, r). s: (b, b, r). v: (b, q, r).
+        kernel: forces the coupling "torch" or "numba"; None chooses (kernels.choose).
+
+    Returns:
+        (..., m), the dtype of x (under autocast: the autocast dtype).
+    """
+    b, p, r = u.shape
+    q = v.shape[1]
+    tokens = x.numel() // (b * q)
+    if b == 1:
+        return F.linear((x @ v[0]) * s[0, 0].to(x.dtype), u[0])
+    training = torch.is_grad_enabled() and (x.requires_grad or u.requires_grad)
+    if training and kernel is None and tokens >= 2 * r:
+        # m n r multiply-adds to rebuild A are small beside T m n, and the backward pass of two
+        # dense products beats that of the coupling by far (b = 4, 2 cores: 2.6x per step).
+        return F.linear(x, to_dense(u, s, v))
+    blocks = x.reshape(tokens, b, q).transpose(0, 1)
+    if kernel is None:
+        kernel = kernels.choose(b, x.dtype, x.device.type, not training)
+    couple = kernels.get_couple(kernel)
+    if kernel == "torch" or torch.is_autocast_enabled(x.device.type):
+        w = couple(torch.bmm(blocks, v), s)
+        return torch.bmm(w, u.transpose(1, 2)).transpose(0, 1).reshape(*x.shape[:-1], b * p)
+    y = x.new_empty(tokens, b, p)
+    for start in range(0, tokens, CPU_CHUNK):
+        rows = slice(start, start + CPU_CHUNK)
+        w = couple(torch.bmm(blocks[:, rows], v), s)
+        y[rows] = torch.bmm(w, u.transpose(1, 2)).transpose(0, 1)
+    return y.view(*x.shape[:-1], b * p)
+
+
+class BlastLinear(nn.Module):
+    """A drop-in for nn.Linear whose weight is a BLAST matrix.
+
+    Parameters: r (m + n + b^2), and as many multiply-adds per token; plus m for the bias.
+    Input (..., in_features), output (..., out_features).
+
+    A fresh layer is ready to train from scratch: its output variance equals nn.Linear's, and S
+    is random, because equal couplings would cap the matrix at rank r instead of b r.
+
+    Raises:
+        ValueError: num_blocks does not divide both sides, or rank < 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_blocks: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_blocks < 1 or in_features % num_blocks or out_features % num_blocks:
+            raise ValueError(
+                f"num_blocks={num_blocks} must divide in_features={in_features} and "
+                f"out_features={out_features}; num_blocks=1 (low rank) always does."
+            )
+        if rank < 1:
+            raise ValueError(f"rank={rank}, expected at least 1.")
+        self.in_features, self.out_features = in_features, out_features
+        self.num_blocks, self.rank = num_blocks, rank
+        b = num_blocks
+        new = {"device": device, "dtype": dtype}
+        self.U = nn.Parameter(torch.empty(b, out_features // b, rank, **new))  # type: ignore[arg-type]
+        self.S = nn.Parameter(torch.empty(b, b, rank, **new))  # type: ignore[arg-type]
+        self.V = nn.Parameter(torch.empty(b, in_features // b, rank, **new))  # type: ignore[arg-type]
+        self.bias = nn.Parameter(torch.empty(out_features, **new)) if bias else None  # type: ignore[arg-type]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Var(A_kl) = 1 / (3 n), as nn.Linear's: r Var(U) Var(S) Var(V) with Var(S) = 1."""
+        std = (1 / (3 * self.in_features * self.rank)) ** 0.25
+        nn.init.normal_(self.U, std=std)
+        nn.init.normal_(self.V, std=std)
+        if self.num_blocks == 1:
+            nn.init.ones_(self.S)
+        else:
+            nn.init.normal_(self.S)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense (m, n) weight, rebuilt on each access (for code that reads `.weight`)."""
+        return self.to_dense()
+
+    def to_dense(self) -> Tensor:
+        """The dense (m, n) matrix of the factors."""
+        return to_dense(self.U, self.S, self.V)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.num_blocks == 1:  # two plain products, the bias fused into the second
+            z = x @ self.V[0]
+            return F.linear(z * self.S[0, 0].to(z.dtype), self.U[0], self.bias)
+        y = blast_matmul(x, self.U, self.S, self.V)
+        if self.bias is None:
+            return y
+        return y + self.bias if torch.is_grad_enabled() else y.add_(self.bias)
+
+    def set_factors(self, factors: Factors) -> None:
+        """Copy factors of this layer's shapes into the parameters."""
+        with torch.no_grad():
+            for parameter, value in zip(
+                (self.U, self.S, self.V), (factors.U, factors.S, factors.V), strict=True
+            ):
+                parameter.copy_(value)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        num_blocks: int,
+        rank: int,
+        gram: Tensor | None = None,
+    ) -> Self:
+        """Factorise a layer (nn.Linear or Hugging Face Conv1D); its bias is copied.
+
+        Args:
+            gram: (n, n), E[x x^T] of the layer's inputs; makes the factors activation-aware.
+        """
+        from blast_search.factorize import factorize
+        from blast_search.layers import dense_weight
+
+        weight = dense_weight(linear)
+        layer = cls.empty_like(linear, num_blocks, rank)
+        layer.set_factors(factorize(weight, num_blocks, rank, gram))
+        return layer
+
+    @classmethod
+    def empty_like(cls, linear: nn.Module, num_blocks: int, rank: int) -> Self:
+        """An unfitted layer with the shape, device, dtype, mode and bias of `linear`."""
+        from blast_search.layers import dense_weight
+
+        weight = dense_weight(linear)
+        m, n = weight.shape
+        bias = linear.bias
+        layer = cls(n, m, num_blocks, rank, bias is not None, weight.device, weight.dtype)
+        if isinstance(bias, Tensor):
+            with torch.no_grad():
+                layer.bias.copy_(bias)  # type: ignore[union-attr]
+        trainable = getattr(linear, "weight").requires_grad  # noqa: B009
+        for parameter in (layer.U, layer.S, layer.V):
+            parameter.requires_grad_(bool(trainable))
+        return layer.train(linear.training)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"num_blocks={self.num_blocks}, rank={self.rank}, bias={self.bias is not None}"
+        )
