@@ -1,0 +1,122 @@
+"""Batches and outputs: how a model is called, and how far two outputs are apart.
+
+A batch is a tensor, called as model(x); a tuple, model(*x); or a dict, model(**x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blast_search.errors import IncompatibleInputError
+
+Batch = Any  # Tensor | tuple[Any, ...] | dict[str, Any]
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a batch."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def to_device(batch: Any, model: nn.Module) -> Any:
+    """The batch on the device of the model's parameters; floating inputs in their dtype."""
+    parameter = next(model.parameters())
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(
+                parameter.device, parameter.dtype if value.is_floating_point() else None
+            )
+        if isinstance(value, Mapping):
+            return {key: move(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(move(item) for item in value)
+        return value
+
+    return move(batch)
+
+
+def output_tensor(output: Any) -> tuple[Tensor, bool]:
+    """The tensor that carries an output's meaning, and whether it holds class logits.
+
+    Tensors stand for themselves; Hugging Face outputs give `.logits` if they have them, else
+    their first tensor; tuples give their first tensor.
+    """
+    if isinstance(output, Tensor):
+        return output, False
+    logits = output.get("logits") if isinstance(output, Mapping) else None
+    logits = getattr(output, "logits", None) if logits is None else logits
+    if isinstance(logits, Tensor):
+        return logits, True
+    values = output.values() if isinstance(output, Mapping) else output
+    if isinstance(values, tuple | list) or isinstance(output, Mapping):
+        for value in values:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value, False
+    raise IncompatibleInputError(
+        f"the model returned {type(output).__name__} without a tensor. Expected a tensor, a "
+        "tuple or an output with .logits: wrap the model so that it returns one."
+    )
+
+
+def token_mask(batch: Batch, shape: tuple[int, ...]) -> Tensor | None:
+    """A boolean (B, L) mask of real tokens where the batch has one that fits `shape`."""
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and tuple(mask.shape) == shape[:2]:
+            return mask.bool()
+    return None
+
+
+def divergence(output: Any, reference: Any, batch: Batch) -> float:
+    """How far an output is from the dense model's: the loss that the search minimises.
+
+    KL(dense || compressed) in nats per position for logits; otherwise the squared error relative
+    to the reference's squared norm.  Padding is left out.
+    """
+    (found, logits), (wanted, _) = output_tensor(output), output_tensor(reference)
+    found, wanted = found.float(), wanted.float()
+    mask = token_mask(batch, tuple(wanted.shape)) if wanted.dim() > 2 else None
+    if mask is not None:
+        found, wanted = found[mask], wanted[mask]
+    if logits:
+        width = wanted.shape[-1]
+        found, wanted = (t.reshape(-1, width).log_softmax(-1) for t in (found, wanted))
+        return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
+    return float((found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[Any]:
+    """The dense model's outputs on the calibration batches.
+
+    Raises:
+        IncompatibleInputError: an output is not finite.
+    """
+    outputs = []
+    for index, batch in enumerate(batches):
+        output = call_model(model, to_device(batch, model))
+        if not bool(output_tensor(output)[0].isfinite().all()):
+            raise IncompatibleInputError(
+                f"the model's output on calibration batch {index} is not finite (NaN or "
+                "infinity). Check the calibration data and the weights."
+            )
+        outputs.append(output)
+    return outputs
+
+
+@torch.no_grad()
+def mean_divergence(model: nn.Module, batches: list[Batch], references: list[Any]) -> float:
+    """Mean of `divergence` over calibration batches."""
+    total = 0.0
+    for batch, reference in zip(batches, references, strict=True):
+        total += divergence(call_model(model, to_device(batch, model)), reference, batch)
+    return total / len(batches)

@@ -1,0 +1,92 @@
+"""Factors of any (layer, candidate) of one model, on demand and cached.
+
+The result depends on the layer and the candidate alone, never on what was fitted before: a
+resumed run gets the same factors as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from blast_search.errors import IncompatibleInputError
+from blast_search.factorize import Factors, LowRankBasis, factorize, low_rank_basis
+from blast_search.layers import dense_weight, get_modules
+from blast_search.matrix import BlastLinear
+from blast_search.plan import Choices
+from blast_search.space import Candidate, LayerSpec
+
+CACHE_BYTES = 600 << 20
+SEARCH_SWEEPS = 10  # enough to rank candidates; final factors get factorize.SWEEPS
+
+
+class Fitter:
+    """Factorises layers of a dense model with the Grams of its calibration data."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[LayerSpec],
+        grams: Mapping[str, Tensor],
+        max_ranks: Mapping[str, int],
+    ) -> None:
+        self.dense = get_modules(model, layers)
+        self.layers = {layer.name: layer for layer in layers}
+        self._grams = grams
+        self._max_ranks = max_ranks
+        self._bases: dict[str, LowRankBasis] = {}
+        self._cache: OrderedDict[tuple[str, Candidate, int], Factors] = OrderedDict()
+        self._cached_bytes = 0
+
+    def basis(self, name: str) -> LowRankBasis:
+        """The layer's whitened SVD: the error of b = 1 at every rank."""
+        if name not in self._bases:
+            try:
+                self._bases[name] = low_rank_basis(
+                    dense_weight(self.dense[name]),
+                    self._grams.get(name),
+                    self._max_ranks.get(name, 0),
+                )
+            except IncompatibleInputError as error:
+                raise IncompatibleInputError(f"layer {name}: {error}") from error
+        return self._bases[name]
+
+    def factors(self, name: str, candidate: Candidate, sweeps: int = SEARCH_SWEEPS) -> Factors:
+        """Factors of a candidate; b > 1 with `sweeps` alternating passes."""
+        if candidate.num_blocks == 1:
+            return self.basis(name).factors(candidate.rank)
+        key = (name, candidate, sweeps)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        factors = factorize(
+            dense_weight(self.dense[name]),
+            candidate.num_blocks,
+            candidate.rank,
+            self._grams.get(name),
+            sweeps,
+            self.basis(name),
+        )
+        self._cache[key] = factors
+        self._cached_bytes += _size(factors)
+        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            self._cached_bytes -= _size(self._cache.popitem(last=False)[1])
+        return factors
+
+    def module(self, name: str, candidate: Candidate, sweeps: int = SEARCH_SWEEPS) -> nn.Module:
+        """A layer ready to be put in place: the dense module itself, or a fitted BlastLinear."""
+        linear = self.dense[name]
+        if candidate.is_dense:
+            return linear
+        layer = BlastLinear.empty_like(linear, candidate.num_blocks, candidate.rank)
+        layer.set_factors(self.factors(name, candidate, sweeps))
+        return layer
+
+    def modules(self, choices: Choices, sweeps: int = SEARCH_SWEEPS) -> dict[str, nn.Module]:
+        return {name: self.module(name, candidate, sweeps) for name, candidate in choices.items()}
+
+
+def _size(factors: Factors) -> int:
+    return sum(t.numel() * t.element_size() for t in (factors.U, factors.V, factors.S))

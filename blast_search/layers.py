@@ -1,0 +1,222 @@
+"""Which weights of a model may be replaced, and the swapping of modules in place."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blast_search.batches import Batch, call_model, output_tensor, to_device
+from blast_search.errors import IncompatibleInputError
+from blast_search.space import Call, LayerSpec, SearchSpace
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One batch to be fast for; `weight` is its share where there are several."""
+
+    name: str
+    batch: Batch
+    weight: float = 1.0
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's Conv1D (GPT-2): a linear layer whose weight is stored (n, m)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear (also a subclass that keeps its forward), or Hugging Face's Conv1D."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return (plain and not hasattr(module, "parametrizations")) or is_conv1d(module)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The (m, n) weight of a linear layer, detached."""
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(module).__name__} has no weight tensor.")
+    return weight.detach().T if is_conv1d(module) else weight.detach()
+
+
+def find_layers(
+    model: nn.Module,
+    workloads: Sequence[Workload] = (),
+    space: SearchSpace | None = None,
+) -> list[LayerSpec]:
+    """The layers that may be replaced, in the model's order.
+
+    Without workloads the model is not run: layers count as called once with one token, and an
+    output head can be told only by Hugging Face's `get_output_embeddings`.
+    """
+    return inventory(model, workloads, space or SearchSpace())[0]
+
+
+def inventory(
+    model: nn.Module, workloads: Sequence[Workload], space: SearchSpace
+) -> tuple[list[LayerSpec], dict[str, str]]:
+    """`find_layers`, and for every other linear layer the reason why it stays dense.
+
+    Raises:
+        IncompatibleInputError: the model cannot be called with a workload, or a weight is not
+            finite.
+    """
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    owners: dict[int, list[str]] = defaultdict(list)
+    for module, paths in names.items():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(paths[0])
+
+    linears = {module: paths for module, paths in names.items() if is_linear(module)}
+    calls, heads = _trace(model, linears, workloads)
+    layers, skipped = [], {}
+    for module, (name, *aliases) in linears.items():
+        weight = dense_weight(module)
+        if not bool(weight.isfinite().all()):
+            raise IncompatibleInputError(
+                f"layer {name}: its weight holds NaN or infinity. Repair the checkpoint first."
+            )
+        tied = [o for o in owners[id(module.weight)] if o != name]
+        if not name:
+            reason = "is the whole model"
+        elif not space.selects(name):
+            reason = "left out by include/exclude"
+        elif tied:
+            reason = f"weight tied to {', '.join(tied)}"
+        elif module in heads and not space.output_head:
+            reason = "output head"
+        elif workloads and not calls[module]:
+            reason = "not called as a module by the workload"
+        elif module._forward_hooks or module._forward_pre_hooks:
+            reason = "has forward hooks"
+        else:
+            reason = ""
+        if reason:
+            skipped[name] = reason
+            continue
+        m, n = weight.shape
+        layers.append(
+            LayerSpec(
+                name, n, m, module.bias is not None,
+                calls[module] if workloads else (Call(1),), tuple(aliases),
+            )
+        )  # fmt: skip
+    return layers, skipped
+
+
+def _trace(
+    model: nn.Module, linears: Mapping[nn.Module, list[str]], workloads: Sequence[Workload]
+) -> tuple[dict[nn.Module, tuple[Call, ...]], set[nn.Module]]:
+    """Run each workload once: the calls of every linear layer, and the output heads."""
+    calls: dict[nn.Module, list[Call]] = defaultdict(list)
+    outputs: dict[nn.Module, Tensor] = {}
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    heads = {head} if isinstance(head, nn.Module) else set()
+    weight = 1.0
+
+    def record(module: nn.Module, _args: Any, output: Any) -> None:
+        calls[module].append(Call(output.numel() // output.shape[-1], weight))
+        outputs[module] = output  # kept alive, so that its storage is not reused
+
+    hooks = [module.register_forward_hook(record) for module in linears]
+    training = model.training
+    try:
+        model.eval()
+        for workload in workloads:
+            weight = workload.weight
+            try:
+                with torch.no_grad():
+                    output = call_model(model, to_device(workload.batch, model))
+            except Exception as error:
+                raise IncompatibleInputError(
+                    f"the model cannot be called with workload '{workload.name}': "
+                    f"{type(error).__name__}: {error}. Expected a tensor (model(x)), a tuple "
+                    "(model(*x)) or a dict (model(**x)): check the task's workload()."
+                ) from error
+            result = output_tensor(output)[0].untyped_storage().data_ptr()
+            heads |= {m for m, o in outputs.items() if o.untyped_storage().data_ptr() == result}
+            outputs.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return {module: tuple(calls[module]) for module in linears}, heads
+
+
+def get_modules(model: nn.Module, layers: Sequence[LayerSpec]) -> dict[str, nn.Module]:
+    """The current module of every layer, by layer name."""
+    return {layer.name: model.get_submodule(layer.name) for layer in layers}
+
+
+def set_modules(
+    model: nn.Module, layers: Sequence[LayerSpec], modules: Mapping[str, nn.Module]
+) -> None:
+    """Put modules in the places of layers, at every path of a shared layer."""
+    for layer in layers:
+        if layer.name in modules:
+            for path in (layer.name, *layer.aliases):
+                parent, _, child = path.rpartition(".")
+                setattr(model.get_submodule(parent), child, modules[layer.name])
+    _sync_fast_paths(model)
+
+
+def _sync_fast_paths(model: nn.Module) -> None:
+    """Keep PyTorch's fused transformer path away from replaced layers.
+
+    nn.TransformerEncoderLayer hands `linear1.weight` to one fused kernel in eval mode, which
+    would bypass a replacement; it is told that its activation has no fused kernel.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            state = module.__dict__.setdefault("_blast_fused", module.activation_relu_or_gelu)
+            plain = all(isinstance(m, nn.Linear) for m in (module.linear1, module.linear2))
+            module.activation_relu_or_gelu = state if plain else 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            nested = module.__dict__.setdefault("_blast_nested", module.use_nested_tensor)
+            fused = [getattr(layer, "activation_relu_or_gelu", 0) for layer in module.layers]
+            module.use_nested_tensor = bool(nested and all(fused))
+
+
+@contextmanager
+def swapped(
+    model: nn.Module, layers: Sequence[LayerSpec], modules: Mapping[str, nn.Module]
+) -> Iterator[nn.Module]:
+    """The model with some layers replaced, restored on leaving."""
+    before = get_modules(model, layers)
+    set_modules(model, layers, modules)
+    try:
+        yield model
+    finally:
+        set_modules(model, layers, before)
+
+
+class Stub(nn.Module):
+    """Returns zeros of a linear layer's output shape at almost no cost.
+
+    A model whose searched layers are stubs takes the time of everything *outside* them.
+    """
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self._zeros: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.out_features)
+        if shape not in self._zeros:
+            self._zeros[shape] = x.new_zeros(shape)
+        return self._zeros[shape]
+
+
+def stubs(layers: Sequence[LayerSpec]) -> dict[str, nn.Module]:
+    return {layer.name: Stub(layer.out_features) for layer in layers}
