@@ -1,0 +1,252 @@
+"""How long things take on this device: single layers (cells) and whole models.
+
+Everything is timed side by side in one process, interleaved round by round, so that clock
+changes and other load hit all contenders alike; medians with spread are reported.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from blast_search import kernels
+from blast_search.batches import call_model, to_device
+from blast_search.errors import IncompatibleInputError
+from blast_search.files import sha256_json
+from blast_search.layers import Workload, get_modules, set_modules, stubs
+from blast_search.matrix import BlastLinear
+from blast_search.space import LayerSpec, SearchSpace
+from blast_search.tables import Cell, LatencyTable, Measurement
+
+WARMUP = 3
+CELL_SECONDS = 0.25
+MIN_ROUNDS, MAX_ROUNDS = 12, 300
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a latency depends on, and what a reader of a result wants to know."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    else:
+        name, capability = _cpu_name(), torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": name,
+        "device_type": device.type,
+        "capability": capability,
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "" if device.type == "cuda" else "",
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    except OSError:
+        pass
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def fingerprint(env: Mapping[str, Any]) -> str:
+    """Short digest: tables with different fingerprints are never mixed."""
+    return sha256_json({key: env[key] for key in sorted(env) if key != "python"})[:12]
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    synchronize: Callable[[], None],
+    seconds: float,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MAX_ROUNDS,
+    prepare: Callable[[str], None] = lambda name: None,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> dict[str, np.ndarray]:
+    """Microseconds of every call, one sample per round: A B C, B C A, C A B, ...
+
+    `prepare(name)` runs untimed before each call.  Rounds go on for `seconds`, within the limits.
+    """
+    names = list(calls)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        for _ in range(WARMUP):
+            prepare(name)
+            calls[name]()
+    synchronize()
+    started, done = clock(), 0
+    while done < min_rounds or (done < max_rounds and clock() - started < seconds * 1e9):
+        for name in names[done % len(names) :] + names[: done % len(names)]:
+            prepare(name)
+            synchronize()
+            begin = clock()
+            calls[name]()
+            synchronize()
+            samples[name].append((clock() - begin) / 1e3)
+        done += 1
+    return {name: np.array(values) for name, values in samples.items()}
+
+
+def cells_for(
+    layers: Iterable[LayerSpec], space: SearchSpace, device: str, dtype: torch.dtype, kind: str
+) -> list[Cell]:
+    """The distinct cells of a grid; layers of equal shape, bias and token count share them."""
+    return list(
+        dict.fromkeys(
+            Cell(
+                device,
+                "eager",
+                str(dtype).removeprefix("torch."),
+                "dense" if c.is_dense else kernels.choose(c.num_blocks, dtype, kind),
+                *layer.shape,
+                layer.bias,
+                call.tokens,
+                c,
+            )
+            for layer in layers
+            for c in space.candidates(layer)
+            for call in layer.calls
+        )
+    )
+
+
+def measure_cell(cell: Cell, device_type: str, seconds: float = CELL_SECONDS) -> Measurement:
+    """Time one candidate interleaved with its dense twin on random weights and inputs."""
+    device, dtype = torch.device(device_type), getattr(torch, cell.dtype)
+    n, m = cell.in_features, cell.out_features
+    new: dict[str, Any] = {"device": device, "dtype": dtype}
+    x = torch.randn(cell.tokens, n, **new)
+    dense = nn.Linear(n, m, cell.bias, **new)
+    calls: dict[str, Callable[[], object]] = {"dense": lambda: dense(x)}
+    if not cell.candidate.is_dense:
+        c = cell.candidate
+        layer = BlastLinear(n, m, c.num_blocks, c.rank, cell.bias, **new)
+        calls["candidate"] = lambda: layer(x)
+    with torch.inference_mode():
+        times = interleave(calls, synchronizer(device), seconds)
+    mine, twin = times.get("candidate", times["dense"]), times["dense"]
+    p10, p50, p90 = np.percentile(mine, (10, 50, 90))
+    return Measurement(
+        float(p50), float(p10), float(p90), len(mine),
+        float(np.median(twin)), float(np.median(mine / twin)),
+    )  # fmt: skip
+
+
+def missing_cells(table: LatencyTable, cells: Iterable[Cell]) -> list[Cell]:
+    """What is still to be measured: the grid minus the cells on file."""
+    return [cell for cell in cells if cell not in table.cells]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured whole-model latency of one variant against dense, in milliseconds and ratios.
+
+    ratio_layers = (variant - fixed) / (dense - fixed), fixed being the time of the model with
+    its searched layers stubbed out.  ci95 are percentile bootstrap intervals over rounds.
+    """
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    runs: int
+    ci95_ms: tuple[float, float]
+    dense_ms: float
+    fixed_ms: float
+    ratio_layers: float
+    ratio_layers_ci95: tuple[float, float]
+    ratio_model: float
+    ratio_model_ci95: tuple[float, float]
+
+
+def time_variants(
+    model: nn.Module,
+    layers: Sequence[LayerSpec],
+    variants: Mapping[str, Mapping[str, nn.Module]],
+    workloads: Sequence[Workload],
+    seconds: float,
+    min_rounds: int = MIN_ROUNDS,
+) -> dict[str, Timing]:
+    """Time the dense model, its skeleton and its variants, interleaved in one process.
+
+    Args:
+        model: the dense model; left as it was.
+        variants: per name, the modules that replace layers (others stay dense).
+        seconds: for all rounds together, beyond `min_rounds`.
+    """
+    device = next(model.parameters()).device
+    before = get_modules(model, layers)
+    sets = {"dense": before, "fixed": stubs(layers)} | {
+        name: before | dict(modules) for name, modules in variants.items()
+    }
+    total: dict[str, np.ndarray] = {}
+    training = model.training
+    try:
+        model.eval()
+        for share in workloads:
+            batch = to_device(share.batch, model)
+
+            def prepare(name: str, batch: Any = batch) -> None:
+                # One untimed call warms caches and allocator for the variant that is timed next.
+                set_modules(model, layers, sets[name])
+                call_model(model, batch)
+
+            with torch.inference_mode():
+                times = interleave(
+                    dict.fromkeys(sets, lambda batch=batch: call_model(model, batch)),  # type: ignore[misc]
+                    synchronizer(device),
+                    seconds / len(workloads),
+                    min_rounds,
+                    prepare=prepare,
+                )
+            rounds = min(map(len, [*times.values(), *total.values()]))
+            for name, values in times.items():
+                total[name] = total.get(name, 0.0) + values[:rounds] * share.weight / 1e3
+            total = {name: values[:rounds] for name, values in total.items()}
+    finally:
+        set_modules(model, layers, before)
+        model.train(training)
+    return {name: _timing(total, name) for name in ("dense", *variants)}
+
+
+def _timing(times: Mapping[str, np.ndarray], name: str) -> Timing:
+    mine, dense, fixed = times[name], times["dense"], times["fixed"]
+    medians = {key: float(np.median(v)) for key, v in times.items()}
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(mine), (500, len(mine)))
+    m, d, f = (np.median(values[picks], axis=1) for values in (mine, dense, fixed))
+
+    def interval(values: np.ndarray) -> tuple[float, float]:
+        low, high = np.percentile(values, (2.5, 97.5))
+        return float(low), float(high)
+
+    span = medians["dense"] - medians["fixed"]
+    if span <= 0:
+        raise IncompatibleInputError(
+            f"the searched layers take no measurable time: dense {medians['dense']:.3f} ms, "
+            f"everything outside them {medians['fixed']:.3f} ms. Use a larger workload."
+        )
+    p10, p90 = np.percentile(mine, (10, 90))
+    return Timing(
+        medians[name], float(p10), float(p90), len(mine), interval(m),
+        medians["dense"], medians["fixed"],
+        (medians[name] - medians["fixed"]) / span, interval((m - f) / np.maximum(d - f, 1e-9)),
+        medians[name] / medians["dense"], interval(m / d),
+    )  # fmt: skip

@@ -1,0 +1,61 @@
+"""Progress on stderr: bars with remaining time on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Advance = Callable[[], None]
+
+
+class Reporter:
+    """Tells what the run is doing.  `level`: 0 silent, 1 normal, 2 verbose."""
+
+    def __init__(self, level: int = 1) -> None:
+        self.level = level
+        self.console = Console(stderr=True, highlight=False, quiet=level == 0)
+
+    def say(self, message: str) -> None:
+        self.console.print(message, soft_wrap=True, markup=False)
+
+    def detail(self, message: str) -> None:
+        if self.level > 1:
+            self.say(message)
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Advance]:
+        """Count `total` steps: call the yielded function after each."""
+        started = time.monotonic()
+        if self.console.is_terminal and self.level:
+            columns = (
+                TextColumn("{task.description:<34}"), BarColumn(24), MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )  # fmt: skip
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task(name, total=total)
+                yield lambda: bar.advance(task)
+        else:
+            yield self._lines(name, total, started)
+        self.say(f"{name:<34} done in {time.monotonic() - started:.1f} s")
+
+    def _lines(self, name: str, total: int, started: float) -> Advance:
+        """One line at every tenth of the stage, at most one in five seconds."""
+        state = {"done": 0, "last": started}
+
+        def advance() -> None:
+            state["done"] += 1
+            now, done = time.monotonic(), state["done"]
+            tenth = int(done * 10 / total) > int((done - 1) * 10 / total) if total else False
+            if tenth and done < total and now - state["last"] >= 5:
+                state["last"] = now
+                remaining = (now - started) / done * (total - done)
+                self.say(f"{name:<34} {done:.0f}/{total}, {remaining:.0f} s left")
+
+        return advance
+
+
+SILENT = Reporter(0)
