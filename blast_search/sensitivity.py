@@ -1,0 +1,213 @@
+"""What every candidate costs in quality, predicted from few measurements.
+
+Three facts make a score:
+1. b = 1's error at every rank comes in closed form from the layer's whitened SVD;
+2. b > 1's gain over it is measured on one layer of each type, at two ranks per block count;
+3. one whole-model probe per layer turns error into loss: loss ~ error^2 (errors alone are no
+   score: on a sentence encoder they allocate no better than a uniform plan).
+
+Probes and fits are measurements, appended to probes.csv as they finish and never repeated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from blast_search.batches import Batch, mean_divergence
+from blast_search.errors import IncompatibleInputError
+from blast_search.files import append_row, read_rows
+from blast_search.fitting import Fitter
+from blast_search.layers import swapped
+from blast_search.progress import Reporter
+from blast_search.space import Candidate, LayerSpec, SearchSpace
+from blast_search.tables import LatencyTable, Score, ScoreTable
+
+PROBE_KEEP = 0.25  # parameters that a probe keeps: near what mid-size budgets choose
+GAIN_KEEPS = (0.2, 0.45)
+BEST_GAIN = 0.75  # no b > 1 was seen to lower low rank's error by more than a quarter
+PROBE_CALLS = 320  # whole-model calls that all probes together may take
+
+FIELDS = ("kind", "layer", "candidate", "error", "loss")
+Gains = dict[tuple[str, tuple[int, int], int], list[tuple[int, float]]]
+
+
+@dataclass
+class ProbeTable:
+    """Measured (kind, layer, candidate) -> (relative error, true loss of the whole model)."""
+
+    path: Path | None = None
+    values: dict[tuple[str, str, Candidate], tuple[float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> ProbeTable:
+        table = cls(path)
+        for row in read_rows(path, FIELDS):
+            try:
+                key = (row["kind"], row["layer"], Candidate.from_key(row["candidate"]))
+                table.values[key] = float(row["error"]), float(row["loss"])
+            except ValueError as error:
+                raise IncompatibleInputError(f"{path}: {error}. Remove the line.") from error
+        return table
+
+    def add(self, kind: str, layer: str, candidate: Candidate, error: float, loss: float) -> None:
+        if self.path:
+            row = (kind, layer, candidate.key, f"{error:.9g}", f"{loss:.9g}")
+            append_row(self.path, FIELDS, dict(zip(FIELDS, row, strict=True)))
+        # What is used is what is on file, so that a resumed run computes the same scores.
+        self.values[kind, layer, candidate] = float(f"{error:.9g}"), float(f"{loss:.9g}")
+
+
+def probe_batches(batches: Sequence[Batch], num_layers: int) -> int:
+    """How many calibration batches a probe uses: all, or fewer where there are many layers."""
+    return max(1, min(len(batches), PROBE_CALLS // max(1, num_layers)))
+
+
+def estimate_scores(
+    model: nn.Module,
+    layers: Sequence[LayerSpec],
+    space: SearchSpace,
+    latency: LatencyTable,
+    fitter: Fitter,
+    batches: Sequence[Batch],
+    references: Sequence[object],
+    probes: ProbeTable,
+    report: Reporter,
+) -> Scorer:
+    """Measure what scores need, and return their predictor."""
+    alive = {layer.name: promising(layer, space, latency, fitter) for layer in layers}
+    count = probe_batches(batches, len(layers))
+    with report.stage("probe layers", len(layers)) as advance:
+        for layer in layers:
+            probe = probe_candidate(layer, space)
+            if probe and alive[layer.name] and ("probe", layer.name, probe) not in probes.values:
+                with swapped(model, [layer], {layer.name: fitter.module(layer.name, probe)}):
+                    loss = mean_divergence(model, list(batches[:count]), list(references[:count]))
+                if not math.isfinite(loss):
+                    raise IncompatibleInputError(
+                        f"layer {layer.name}: the model's output is not finite with {probe.key} "
+                        "in its place. Exclude the layer in the search space."
+                    )
+                error = fitter.basis(layer.name).error(probe.rank)
+                probes.add("probe", layer.name, probe, error, loss)
+            advance()
+    wanted = gain_fits(layers, space, alive)
+    with report.stage("fit sample layers", len(wanted)) as advance:
+        for layer, candidate in wanted:
+            if ("fit", layer.name, candidate) not in probes.values:
+                error = fitter.factors(layer.name, candidate).error
+                probes.add("fit", layer.name, candidate, error, 0.0)
+            advance()
+    scales = {}
+    for layer in layers:
+        probe = probe_candidate(layer, space)
+        if probe and alive[layer.name]:
+            error, loss = probes.values["probe", layer.name, probe]
+            scales[layer.name] = max(loss, 0.0) / max(error, 1e-9) ** 2
+    return Scorer(fitter, scales, measured_gains(layers, probes, fitter), alive)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Predicts the score of any candidate of any layer, also at ranks off the grid."""
+
+    fitter: Fitter
+    scales: Mapping[str, float]  # layer -> loss per squared relative error
+    gains: Gains
+    alive: Mapping[str, Sequence[Candidate]]
+
+    def score(self, layer: LayerSpec, candidate: Candidate) -> Score:
+        """The predicted error of a candidate and the loss it adds to the model's."""
+        if candidate.is_dense:
+            return Score(0.0, 0.0)
+        error = self.fitter.basis(layer.name).error(candidate.rank)
+        error *= _gain(self.gains, layer, candidate)
+        return Score(error, self.scales.get(layer.name, 0.0) * error * error)
+
+    def table(self, layers: Sequence[LayerSpec]) -> ScoreTable:
+        return ScoreTable(
+            {ly.name: {c: self.score(ly, c) for c in self.alive[ly.name]} for ly in layers}
+        )
+
+
+def probe_candidate(layer: LayerSpec, space: SearchSpace) -> Candidate | None:
+    """The low-rank candidate nearest to PROBE_KEEP, if the layer has any."""
+    m, n = layer.shape
+    low_rank = [c for c in space.candidates(layer) if c.num_blocks == 1]
+    return min(low_rank, key=lambda c: abs(layer.params(c) / (m * n) - PROBE_KEEP), default=None)
+
+
+def promising(
+    layer: LayerSpec, space: SearchSpace, latency: LatencyTable, fitter: Fitter
+) -> list[Candidate]:
+    """Candidates faster than dense that low rank does not beat outright.
+
+    A b > 1 candidate is dropped, before it is ever factorised, if some low-rank candidate is as
+    fast and has a smaller error even against the best gain ever seen.  Uniform plans need every
+    candidate, so a uniform space drops none.
+    """
+    costs = latency.costs(layer)
+    dense = [cost for candidate, cost in costs.items() if candidate.is_dense]
+    fast = {
+        c: costs[c]
+        for c in space.candidates(layer)
+        if not c.is_dense and c in costs and dense and costs[c] < dense[0]
+    }
+    if space.uniform:
+        return list(fast)
+    basis = fitter.basis(layer.name) if fast else None
+    low_rank = [(cost, c.rank) for c, cost in fast.items() if c.num_blocks == 1]
+    kept = []
+    for c, cost in fast.items():
+        assert basis is not None
+        bound = BEST_GAIN * basis.error(c.rank)
+        beaten = c.num_blocks > 1 and any(
+            other <= cost and basis.error(rank) <= bound for other, rank in low_rank
+        )
+        if not beaten:
+            kept.append(c)
+    return kept
+
+
+def gain_fits(
+    layers: Sequence[LayerSpec], space: SearchSpace, alive: Mapping[str, Sequence[Candidate]]
+) -> list[tuple[LayerSpec, Candidate]]:
+    """One layer per type (the middle one), two ranks per block count that is still alive."""
+    types: dict[tuple[str, tuple[int, int]], list[LayerSpec]] = {}
+    for layer in layers:
+        types.setdefault((layer.type_name, layer.shape), []).append(layer)
+    fits = []
+    for members in types.values():
+        layer = members[len(members) // 2]
+        blocks = {c.num_blocks for member in members for c in alive[member.name]} - {1}
+        for b in sorted(blocks):
+            candidates = {space.uniform_choice(layer, b, keep) for keep in GAIN_KEEPS}
+            fits += [(layer, c) for c in sorted(candidates) if not c.is_dense]
+    return fits
+
+
+def measured_gains(layers: Sequence[LayerSpec], probes: ProbeTable, fitter: Fitter) -> Gains:
+    """(type, shape, b) -> [(rank, error relative to low rank of that rank)], by rank."""
+    by_name = {layer.name: layer for layer in layers}
+    gains: Gains = {}
+    for (kind, name, candidate), (error, _) in probes.values.items():
+        if kind == "fit" and name in by_name:
+            layer = by_name[name]
+            base = fitter.basis(name).error(candidate.rank)
+            key = (layer.type_name, layer.shape, candidate.num_blocks)
+            gains.setdefault(key, []).append((candidate.rank, error / base if base > 0 else 1.0))
+    return {key: sorted(points) for key, points in gains.items()}
+
+
+def _gain(gains: Gains, layer: LayerSpec, candidate: Candidate) -> float:
+    """Linear in the rank between the measured points, flat outside them."""
+    points = gains.get((layer.type_name, layer.shape, candidate.num_blocks))
+    if not points:
+        return 1.0
+    (low, first), (high, last) = points[0], points[-1]
+    share = (candidate.rank - low) / (high - low) if high > low else 0.0
+    return first + (last - first) * min(1.0, max(0.0, share))
