@@ -1,0 +1,200 @@
+"""Plan -> edited model; saved and loaded bit-exact."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from blast_search.batches import Batch
+from blast_search.calibrate import collect_grams
+from blast_search.errors import IncompatibleInputError
+from blast_search.factorize import SWEEPS
+from blast_search.files import make_folder, sha256_file, sha256_json, write_bytes
+from blast_search.fitting import Fitter
+from blast_search.layers import dense_weight, is_linear, set_modules
+from blast_search.matrix import BlastLinear
+from blast_search.plan import Plan
+from blast_search.space import Call, LayerSpec
+
+WEIGHTS = "model.safetensors"
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Digest of the names and shapes of all parameters (not their values)."""
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    return sha256_json(shapes)[:16]
+
+
+def plan_layers(model: nn.Module, plan: Plan) -> list[LayerSpec]:
+    """The plan's layers as they are in the model.
+
+    Raises:
+        IncompatibleInputError: a layer is missing, has another shape, is no linear layer, or was
+            replaced already.
+    """
+    paths: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(name)
+    by_name = dict(model.named_modules(remove_duplicate=False))
+    layers = []
+    for name, item in plan.layers.items():
+        module = by_name.get(name)
+        if module is None:
+            raise IncompatibleInputError(
+                f"the plan is for another model: it names layer {name}, which "
+                f"{type(model).__name__} does not have. Use the model the plan was made for "
+                f"({plan.model.get('name', 'unknown')})."
+            )
+        if isinstance(module, BlastLinear):
+            raise IncompatibleInputError(
+                f"layer {name} is a BlastLinear already. Apply plans to the dense model."
+            )
+        if not is_linear(module):
+            raise IncompatibleInputError(
+                f"layer {name} is a {type(module).__name__}, expected a linear layer."
+            )
+        weight = dense_weight(module)
+        if tuple(weight.shape) != (item.out_features, item.in_features):
+            raise IncompatibleInputError(
+                f"layer {name} is {weight.shape[0]} x {weight.shape[1]}, the plan expects "
+                f"{item.out_features} x {item.in_features}: it was made for another model."
+            )
+        if not bool(weight.isfinite().all()):
+            raise IncompatibleInputError(f"layer {name}: its weight holds NaN or infinity.")
+        m, n = weight.shape
+        aliases = tuple(path for path in paths[module] if path != name)
+        layers.append(LayerSpec(name, n, m, module.bias is not None, (Call(1),), aliases))
+    return layers
+
+
+def apply(model: nn.Module, plan: Plan, calibration: Iterable[Batch] | None = None) -> nn.Module:
+    """Replace the plan's layers, in place; the model is also returned.
+
+    Everything is checked, and every factor computed, before the first module is touched.
+
+    Args:
+        calibration: batches that make the factors activation-aware; without them each weight is
+            approximated for its own sake, which costs quality.
+
+    Raises:
+        IncompatibleInputError: the plan does not fit the model.
+    """
+    layers = plan_layers(model, plan)
+    chosen = [layer for layer in layers if not plan.choices[layer.name].is_dense]
+    grams = collect_grams(model, chosen, list(calibration)) if calibration is not None else {}
+    ranks = {layer.name: plan.choices[layer.name].rank for layer in chosen}
+    fitter = Fitter(model, chosen, grams, ranks)
+    modules = final_modules(fitter, {name: plan.choices[name] for name in ranks})
+    attach(model, layers, modules, plan)
+    return model
+
+
+def final_modules(fitter: Fitter, choices: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Modules with factors of final quality (more sweeps than during the search)."""
+    return fitter.modules(choices, SWEEPS)
+
+
+def attach(
+    model: nn.Module, layers: list[LayerSpec], modules: Mapping[str, nn.Module], plan: Plan
+) -> None:
+    """Put fitted modules in place and remember the plan on the model (`model.blast_plan`)."""
+    set_modules(model, layers, modules)
+    model.blast_plan = plan  # type: ignore[assignment]
+
+
+def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path:
+    """Write model.safetensors and plan.json (with the weights' sha256) into a folder.
+
+    Args:
+        plan: defaults to the plan that `apply` left on the model.
+
+    Raises:
+        IncompatibleInputError: the model carries no plan, or holds values that are not finite.
+    """
+    plan = plan or getattr(model, "blast_plan", None)
+    if not isinstance(plan, Plan):
+        raise IncompatibleInputError("the model carries no plan: call blast_search.apply first.")
+    folder = make_folder(Path(folder))
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    owners: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise IncompatibleInputError(f"{name} holds NaN or infinity; it is not saved.")
+        key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape)
+        if value.numel() and key in owners:  # tied weights are stored once
+            aliases[name] = owners[key]
+            continue
+        owners[key] = name
+        tensors[name] = value.detach().cpu().contiguous()
+    data = save_tensors(tensors, {"aliases": json.dumps(aliases), "format": "pt"})
+    # A plan beside other weights would be refused by `load`: take the old one away first.
+    (folder / "plan.json").unlink(missing_ok=True)
+    write_bytes(folder / WEIGHTS, data)
+    saved = replace(plan, weights_sha256=sha256_file(folder / WEIGHTS))
+    saved.save(folder / "plan.json")
+    return folder
+
+
+def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Module:
+    """The saved model: `model_factory()` builds the dense one, its layers are replaced, and all
+    weights come from the folder (bit-exact).
+
+    Raises:
+        IncompatibleInputError: no such folder, a damaged or foreign weight file (also a pickle),
+            a digest that does not match, weights that are not finite, or another model.
+    """
+    folder = Path(folder)
+    plan = Plan.load(folder)
+    tensors = read_weights(folder / WEIGHTS, plan.weights_sha256)
+    model = model_factory()
+    layers = plan_layers(model, plan)
+    modules: dict[str, nn.Module] = {}
+    for layer in layers:
+        choice = plan.choices[layer.name]
+        if not choice.is_dense:
+            linear = model.get_submodule(layer.name)
+            modules[layer.name] = BlastLinear.empty_like(linear, choice.num_blocks, choice.rank)
+    attach(model, layers, modules, plan)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    found = {name: value.shape for name, value in tensors.items()}
+    if expected != found:
+        odd = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        raise IncompatibleInputError(
+            f"{folder}: weights do not fit the model: {', '.join(odd[:5])} "
+            f"({len(odd)} differ). Use the model_factory the plan was made with."
+        )
+    model.load_state_dict(tensors)
+    return model
+
+
+def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, its digest and finiteness checked."""
+    if not path.is_file():
+        raise IncompatibleInputError(f"{path} does not exist. Check the folder.")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            aliases = json.loads((stream.metadata() or {}).get("aliases", "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise IncompatibleInputError(
+            f"{path} is not a safetensors file ({error}). blast-search never reads pickles; "
+            "save the model again with blast_search.save."
+        ) from error
+    if sha256_file(path) != sha256:
+        raise IncompatibleInputError(
+            f"{path}: the sha256 differs from the one in plan.json, so the weights were changed "
+            "or damaged. Restore the folder, or apply the plan again."
+        )
+    tensors |= {name: tensors[owner] for name, owner in aliases.items()}
+    for name, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise IncompatibleInputError(f"{path}: {name} holds NaN or infinity.")
+    return tensors

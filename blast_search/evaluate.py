@@ -1,0 +1,163 @@
+"""Tasks, and what is measured of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from blast_search.batches import Batch, call_model, to_device
+from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.layers import Workload
+from blast_search.plan import Choices
+from blast_search.space import DENSE, LayerSpec
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A model, the data to judge and to retrain it, and the batch to be fast for.
+
+    Optional attributes: `train_steps` (int) and `learning_rate` (float), the default retraining
+    recipe; `make_workload(batch_size, length)`, a batch for `--workload 8x128`.
+    """
+
+    name: str
+    metric: tuple[str, bool]  # name, higher is better
+
+    def model(self) -> nn.Module:
+        """A fresh dense model."""
+        ...
+
+    def workload(self) -> Any:
+        """One batch of the shape to be fast for, or {name: (batch, weight)} for several."""
+        ...
+
+    def calibration(self) -> Iterable[Batch]:
+        """Batches without labels; never used for evaluation."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> float:
+        """The metric, on data never used for calibration or training."""
+        ...
+
+    def train_batches(self, seed: int) -> Iterator[Batch]:
+        """Training batches without end."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, teacher: nn.Module) -> Tensor:
+        """A scalar to minimise; `teacher` is the dense model."""
+        ...
+
+
+def parse_workload(spec: str) -> list[tuple[str, int, int, float]]:
+    """ "8x128" or "prefill:1x2048,decode:8x1@0.7" -> (name, batch size, length, weight)."""
+    parsed = []
+    for index, part in enumerate(spec.split(",")):
+        head, _, weight = part.partition("@")
+        name, _, size = head.rpartition(":")
+        batch, _, length = size.strip().partition("x")
+        try:
+            item = (name.strip() or f"w{index}", int(batch), int(length), float(weight or 1))
+        except ValueError:
+            item = ("", 0, 0, 0.0)
+        if item[1] < 1 or item[2] < 1 or not 0 < item[3] < float("inf"):
+            raise UsageError(
+                f"workload '{part}' is not understood, expected [NAME:]BATCHxLENGTH[@WEIGHT], "
+                "for instance 8x128 or prefill:1x2048,decode:8x1@0.7."
+            )
+        parsed.append(item)
+    return parsed
+
+
+def workloads_of(task: Task, spec: str | None = None) -> list[Workload]:
+    """The workloads of a task, or those of a `--workload` specification.
+
+    Raises:
+        UsageError: a specification that is not understood, or a task that cannot follow it.
+    """
+    if spec:
+        make = getattr(task, "make_workload", None)
+        if not callable(make):
+            raise UsageError(
+                f"task {task.name} has no make_workload(batch_size, length), so --workload "
+                "cannot be used with it. Leave the option out, or add the method."
+            )
+        return [Workload(n, make(b, t), w) for n, b, t, w in parse_workload(spec)]
+    given = task.workload()
+    if isinstance(given, Mapping) and given and all(isinstance(v, tuple) for v in given.values()):
+        return [Workload(str(n), batch, float(weight)) for n, (batch, weight) in given.items()]
+    return [Workload("default", given)]
+
+
+def describe_workloads(workloads: Iterable[Workload]) -> list[dict[str, Any]]:
+    """Shapes of the workloads as JSON values."""
+
+    def shape(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return list(value.shape)
+        if isinstance(value, Mapping):
+            return {str(key): shape(item) for key, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [shape(item) for item in value]
+        return str(type(value).__name__)
+
+    return [{"name": w.name, "weight": w.weight, "shape": shape(w.batch)} for w in workloads]
+
+
+def evaluate(task: Task, model: nn.Module) -> float:
+    """The task's metric of a model in eval mode.
+
+    Raises:
+        IncompatibleInputError: the metric is not a finite number.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            value = float(task.evaluate(model))
+    finally:
+        model.train(training)
+    if value != value or value in (float("inf"), float("-inf")):
+        raise IncompatibleInputError(f"task {task.name}: the metric is {value}, not finite.")
+    return value
+
+
+def worse_by(task: Task, value: float, dense: float) -> float:
+    """By how much a metric fell short of the dense model's, in its own unit (negative: better)."""
+    return dense - value if task.metric[1] else value - dense
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, workloads: Iterable[Workload]) -> float:
+    """Multiply-adds of one call of the dense model, weighted over workloads.
+
+    PyTorch's counter knows matrix products and attention (its math form; the fused CPU form is
+    not counted); 1 multiply-add = 1 MAC = 2 FLOPs.
+    """
+    total = 0.0
+    for workload in workloads:
+        batch = to_device(workload.batch, model)
+        counter = FlopCounterMode(display=False)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+            call_model(model, batch)
+        total += counter.get_total_flops() / 2 * workload.weight
+    return total
+
+
+def size_ratios(
+    layers: Iterable[LayerSpec], choices: Choices, model_params: int, model_macs: float
+) -> tuple[float, float]:
+    """(MACs ratio, parameters ratio) of the whole model under a plan, exact by formula."""
+    params, macs = float(model_params), model_macs
+    for layer in layers:
+        choice = choices.get(layer.name, DENSE)
+        params += layer.params(choice) - layer.params(DENSE)
+        macs += layer.macs(choice) - layer.macs(DENSE)
+    return macs / max(model_macs, 1.0), params / max(model_params, 1)
+
+
+def count_params(model: nn.Module) -> int:
+    return cast(int, sum(p.numel() for p in model.parameters()))

@@ -1,0 +1,129 @@
+"""Recover quality: distillation from the dense model.
+
+Factors, norms and biases train; embeddings, heads and dense weights keep their values (as in the
+BLAST paper's recipe).  AdamW, linear warm-up, cosine decay, gradient norm clipped at 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blast_search.batches import to_device
+from blast_search.errors import IncompatibleInputError
+from blast_search.evaluate import Task
+from blast_search.matrix import BlastLinear
+from blast_search.progress import SILENT, Reporter
+
+DEFAULT_STEPS = 300
+DEFAULT_LEARNING_RATE = 1e-3
+WARMUP = 0.05
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """BLAST factors, all biases, and all parameters of normalisation layers."""
+    chosen: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        norm = "norm" in type(module).__name__.lower()
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, BlastLinear) or norm or name == "bias":
+                chosen[id(parameter)] = parameter
+    return list(chosen.values())
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """bf16 where the device multiplies it faster than float32, else None."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    # Without AMX, bf16 products on a CPU are emulated and slower than float32.
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return torch.bfloat16 if callable(amx) and amx() else None
+
+
+def retrain(
+    task: Task,
+    model: nn.Module,
+    teacher: nn.Module,
+    steps: int | None = None,
+    seed: int = 0,
+    learning_rate: float | None = None,
+    report: Reporter = SILENT,
+    name: str = "retrain",
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Train the model in place against the teacher; returns the loss of every step.
+
+    Args:
+        steps, learning_rate: default to the task's recipe.
+        seed: of the batches; equal seeds give equal batches to every contender.
+
+    Raises:
+        IncompatibleInputError: the loss stays without a finite value.
+    """
+    steps = int(getattr(task, "train_steps", DEFAULT_STEPS)) if steps is None else steps
+    rate = learning_rate or float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    parameters = trainable_parameters(model)
+    if not parameters or steps == 0:
+        return []
+    for parameter, _ in frozen:
+        parameter.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    teacher.eval().requires_grad_(False)
+    training = model.training
+    model.eval()  # dropout would add noise to a distillation target
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps))
+    device = parameters[0].device
+    dtype = autocast_dtype(device)
+    losses: list[float] = []
+    batches = task.train_batches(seed)
+    try:
+        with report.stage(name, steps) as advance:
+            for step in range(steps):
+                batch = to_device(next(batches), model)
+                cast: Any = torch.autocast(device.type, dtype) if dtype else nullcontext()
+                with torch.enable_grad(), cast:
+                    loss = task.loss(model, batch, teacher)
+                losses.append(_descend(loss, optimizer, parameters))
+                schedule.step()
+                on_step(step, losses[-1])
+                advance()
+    finally:
+        model.train(training)
+        for parameter, flag in frozen:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+    if not any(math.isfinite(loss) for loss in losses[-10:]):
+        raise IncompatibleInputError(
+            f"task {task.name}: the training loss is not finite. Lower its learning_rate "
+            f"(now {rate:g})."
+        )
+    return losses
+
+
+def _descend(
+    loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
+) -> float:
+    """One step; a loss or gradient that is not finite is skipped, not applied."""
+    optimizer.zero_grad(set_to_none=True)
+    value = float(loss.detach())
+    if math.isfinite(value):
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        if bool(norm.isfinite()):
+            optimizer.step()
+    return value
+
+
+def _rate(step: int, steps: int) -> float:
+    warmup = max(1, int(steps * WARMUP))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
