@@ -1,0 +1,48 @@
+"""blast-search: make a PyTorch model faster with BLAST matrices, chosen per layer by measurement.
+
+The pipeline, in order:
+
+    layers       find_layers: which weights may be replaced
+    space        load_space: which block counts and ranks each may take
+    latency      what every candidate costs on this device (Ray Tune workers, or this process)
+    calibrate    one pass over data: the Grams of the layers' inputs
+    sensitivity  what every candidate costs in quality
+    solver       the exact choice per layer; study: Optuna, judged by the true loss
+    engine       solve, build, measure, correct, until the measured budget holds
+    apply        plan -> model; save and load, bit-exact
+    retrain      distillation from the dense model
+    report       tables, the front as a picture, what it is worth
+"""
+
+from blast_search.space import Candidate, SearchSpace, load_space  # isort: skip
+from blast_search.layers import find_layers  # isort: skip
+from blast_search.matrix import BlastLinear, blast_matmul  # isort: skip
+from blast_search.factorize import Factors, factorize  # isort: skip
+from blast_search.plan import Plan  # isort: skip
+from blast_search.apply import apply, load, save  # isort: skip
+from blast_search.evaluate import Task, evaluate  # isort: skip
+from blast_search.retrain import retrain  # isort: skip
+from blast_search.pipeline import Run, search  # isort: skip
+from blast_search.version import VERSION  # isort: skip
+
+__version__ = VERSION
+
+__all__ = [
+    "BlastLinear",
+    "Candidate",
+    "Factors",
+    "Plan",
+    "Run",
+    "SearchSpace",
+    "Task",
+    "apply",
+    "blast_matmul",
+    "evaluate",
+    "factorize",
+    "find_layers",
+    "load",
+    "load_space",
+    "retrain",
+    "save",
+    "search",
+]

@@ -1,0 +1,295 @@
+"""The command line: arguments in, artefacts out; the only place where errors become exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blast_search import errors
+from blast_search.progress import Reporter
+
+app = typer.Typer(
+    name="blast-search",
+    help="Make PyTorch models faster with BLAST matrices, chosen per layer by measured latency.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (errors.UsageError, 2),
+    (errors.InfeasibleBudgetError, 3),
+    (errors.IncompatibleInputError, 4),
+    (errors.RunLockedError, 5),
+    (errors.BlastSearchError, 1),
+    (OSError, 1),
+)
+
+TaskOption = Annotated[str, typer.Option(help="Built-in task, or pkg.module:function.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+SpaceOption = Annotated[str, typer.Option(help="Search space: a shipped name or a YAML file.")]
+WorkloadOption = Annotated[
+    str | None, typer.Option(help="[NAME:]BATCHxLENGTH[@WEIGHT],... instead of the task's own.")
+]
+WorkersOption = Annotated[str, typer.Option(help="auto, ray or local.")]
+AddressOption = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
+
+
+def _reporter(quiet: bool, verbose: bool) -> Reporter:
+    return Reporter(0 if quiet else 2 if verbose else 1)
+
+
+def _emit(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+@app.command()
+def search(
+    context: typer.Context,
+    budget: Annotated[float | None, typer.Option(help="Share of dense latency left, 0.3.")] = None,
+    budget_scope: Annotated[str, typer.Option(help="layers, model, macs or params.")] = "layers",
+    max_drop: Annotated[
+        float | None, typer.Option(help="Largest fall of the metric after retraining.")
+    ] = None,
+    task: TaskOption = "minilm",
+    space: SpaceOption = "default",
+    workload: WorkloadOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    workers: WorkersOption = "auto",
+    ray_address: AddressOption = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna storage URL (default: study.db in the run folder).")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Optuna trials.")] = 20,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Minutes for the whole run; half of it for the search.")
+    ] = None,
+    retrain_steps: Annotated[
+        int | None, typer.Option(help="Default: the task's recipe; 0: no retraining.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder (default: results/<run>).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    seed: SeedOption = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only a forecast of cost.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with these options; flags override it.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Search, apply, retrain and verify: the whole pipeline."""
+    from blast_search import commands
+
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+    options = {k: v for k, v in context.params.items() if k not in commands.NOT_SETTINGS}
+    result = commands.search(
+        options, given, config, resume, dry_run, _reporter(quiet, verbose), quiet or as_json
+    )
+    if as_json:
+        _emit(result)
+
+
+@app.command()
+def profile(
+    task: TaskOption = "minilm",
+    space: SpaceOption = "default",
+    workload: WorkloadOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    workers: WorkersOption = "auto",
+    ray_address: AddressOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for latency.csv.")] = None,
+    seed: SeedOption = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only a forecast of cost.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure only the latency table of a model on this device."""
+    from blast_search import commands
+
+    result = commands.profile(
+        task, space, workload, device, dtype, workers, ray_address, out, seed, dry_run,
+        _reporter(quiet, verbose), quiet or as_json,
+    )  # fmt: skip
+    if as_json:
+        _emit(result)
+
+
+@app.command()
+def pareto(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    at: Annotated[float | None, typer.Option(help="Another budget: writes its plan.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where --at writes the plan.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the front as a PNG.")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="The front as CSV on stdout.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The front as a table; --at picks another plan from what is on file."""
+    from blast_search import commands
+
+    result = commands.pareto(run, at, out, plot, "json" if as_json else "csv" if csv else "table")
+    if as_json:
+        _emit(result)
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(help="plan.json, or a folder that holds one.")],
+    out: Annotated[Path, typer.Option(help="Folder for the compressed model.")],
+    task: Annotated[str | None, typer.Option(help="Default: the plan's own task.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="pkg.module:function that returns the dense model.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Build the compressed model of a plan."""
+    from blast_search import commands
+
+    result = commands.apply(plan, out, task, model, _reporter(quiet, False))
+    if as_json:
+        _emit(result)
+
+
+@app.command()
+def retrain(
+    folder: Annotated[Path, typer.Argument(help="Folder of an applied model.")],
+    task: Annotated[str | None, typer.Option(help="Default: the plan's own task.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: the task's recipe.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: the same folder.")] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Recover quality of an applied model."""
+    from blast_search import commands
+
+    result = commands.retrain(folder, task, steps, out, seed, _reporter(quiet, False))
+    if as_json:
+        _emit(result)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
+    task: Annotated[str | None, typer.Option(help="Default: the plan's own task.")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds of timing.")] = 20.0,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure quality and latency against dense, interleaved in one process."""
+    from blast_search import commands
+
+    result = commands.verify(folder, task, seconds, _reporter(quiet, False), quiet or as_json)
+    if as_json:
+        _emit(result)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    price_per_hour: Annotated[float, typer.Option(help="Price of the device per hour.")] = 1.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Write report.html, report.md and front.png of a run again."""
+    from blast_search.commands import existing_run
+    from blast_search.report import write_report
+
+    write_report(existing_run(run), price_per_hour)
+    if as_json:
+        _emit({"report": str(run / "report.html")})
+    else:
+        typer.echo(f"{run / 'report.html'}")
+
+
+@app.command()
+def tasks(as_json: JsonOption = False) -> None:
+    """List the built-in tasks."""
+    from blast_search.tasks import BUILTIN
+
+    if as_json:
+        _emit({"tasks": BUILTIN})
+        return
+    for name, text in BUILTIN.items():
+        typer.echo(f"{name:<10} {text}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Device, versions, kernels, and the timing noise of this machine."""
+    from blast_search import commands
+
+    result = commands.doctor(as_json)
+    if as_json:
+        _emit(result)
+
+
+class Terminated(BaseException):
+    """SIGTERM, turned into an exception so that folders are left whole."""
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise Terminated
+
+
+def run_guarded(command: Callable[[], Any]) -> int:
+    """Run a command and turn every error a user can cause into a message and an exit code."""
+    try:
+        command()
+    except (KeyboardInterrupt, Terminated) as stop:
+        typer.echo(
+            "\nStopped. What was measured is on file: continue with --resume RUN.", err=True
+        )
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    except tuple(kind for kind, _ in EXIT_CODES) as error:
+        typer.echo(f"error: {error}", err=True)
+        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    except typer.Exit as leave:
+        return leave.exit_code
+    return 0
+
+
+def main() -> None:
+    """Entry point; `blast-search --budget 0.3` means `blast-search search --budget 0.3`."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].startswith("-") and arguments[0] not in ("--help", "--version"):
+        arguments.insert(0, "search")
+    if arguments == ["--version"]:
+        from blast_search import __version__
+
+        typer.echo(__version__)
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(run_guarded(lambda: _invoke(arguments)))
+
+
+def _invoke(arguments: list[str]) -> None:
+    """Run the app; its own usage errors print themselves and exit with 2."""
+    status = app(arguments, standalone_mode=True)
+    if status:
+        raise typer.Exit(int(status))
+
+
+if __name__ == "__main__":
+    main()

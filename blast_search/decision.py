@@ -1,0 +1,181 @@
+"""From tables to the winning plan: contenders, trials, the closed loop and the last timing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from blast_search.engine import AIM, FINAL_SECONDS, Contender, Engine, Make
+from blast_search.errors import InfeasibleBudgetError
+from blast_search.latency import Timing
+from blast_search.space import DENSE
+
+FINAL_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The winner and the best uniform plans, timed side by side with dense."""
+
+    winner: Contender
+    baselines: dict[str, Contender]  # "uniform_blast", "uniform_low_rank": those that exist
+    target: float  # the largest allowed cost ratio of the layers
+    dense: Timing
+    trials: int
+    met: bool
+
+
+def layer_target(scope: str, budget: float, dense: Timing, share: float) -> float:
+    """The budget as a ratio of the searched layers alone.
+
+    Args:
+        share: what the searched layers hold of the whole model's MACs or parameters.
+    """
+    match scope:
+        case "layers":
+            return budget
+        case "model":
+            span = dense.dense_ms - dense.fixed_ms
+            return (budget * dense.dense_ms - dense.fixed_ms) / span
+        case _:
+            return (budget - (1 - share)) / share
+
+
+def scope_ratio(scope: str, ratio: float, dense: Timing, share: float) -> float:
+    """The inverse of `layer_target`: a ratio of the layers in the unit of the budget's scope."""
+    match scope:
+        case "layers":
+            return ratio
+        case "model":
+            span = dense.dense_ms - dense.fixed_ms
+            return (dense.fixed_ms + ratio * span) / dense.dense_ms
+        case _:
+            return 1 - share + ratio * share
+
+
+def decide(
+    engine: Engine,
+    target: float,
+    dense: Timing,
+    trials: int,
+    storage: str,
+    seed: int,
+    expired: Callable[[], bool],
+) -> Decision:
+    """The best plan within `target`, never worse in true loss than a uniform plan within it."""
+    baselines = uniform_contenders(engine, target)
+    exact = engine.meet("exact", engine.exact, target)
+    if exact is None or not exact.feasible:
+        return Decision(_nearest(engine, exact, target), baselines, target, dense, 0, False)
+    pool: dict[str, tuple[Contender, Make]] = {"exact": (exact, engine.exact)}
+    loss = engine.true_loss("exact", exact.choices)
+    engine.note_point(f"exact {target:.2f}", target, exact.choices, loss)
+    engine.evaluate_front(target, expired)
+    done = 0
+    if trials and not engine.space.uniform and not _all_dense(exact):
+        weights, done = engine.refine(target, trials, storage, seed, expired)
+        if weights:
+            make: Make = lambda ratio: engine.exact(ratio, weights)  # noqa: E731
+            tuned = engine.meet("searched", make, target)
+            if tuned and tuned.feasible:
+                pool["searched"] = (tuned, make)
+    for contender in baselines.values():
+        if contender.feasible:
+            pool[contender.name] = (contender, lambda _, c=contender: c.choices)  # type: ignore[misc]
+    losses = {
+        name: engine.true_loss(name, contender.choices) for name, (contender, _) in pool.items()
+    }
+    name = min(pool, key=lambda key: losses[key])
+    engine.report.say(
+        "true loss on calibration data: "
+        + ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
+    )
+    winner, make = pool[name]
+    return _final(engine, winner, make, baselines, target, dense, done)
+
+
+def uniform_contenders(engine: Engine, target: float) -> dict[str, Contender]:
+    """The best uniform low-rank and the best uniform BLAST plan (b > 1) within the target."""
+    blocks = [b for b in engine.space.num_blocks if b > 1]
+    makers: dict[str, tuple[str, Make]] = {
+        "uniform_low_rank": ("uniform low rank", lambda r: engine.largest_uniform(1, r)),
+        "uniform_blast": ("uniform BLAST", lambda r: engine.best_uniform(r, blocks)),
+    }
+    found = {}
+    for key, (name, make) in makers.items():
+        contender = engine.meet(name, make, target)
+        if contender and not _all_dense(contender):
+            found[key] = contender
+            loss = engine.true_loss(name, contender.choices)
+            engine.note_point(name, target, contender.choices, loss)
+    engine.latency.correction = 1.0
+    return found
+
+
+def _final(
+    engine: Engine,
+    winner: Contender,
+    make: Make,
+    baselines: dict[str, Contender],
+    target: float,
+    dense: Timing,
+    trials: int,
+) -> Decision:
+    """Time the winner and the uniform plans side by side; tighten until the winner holds."""
+    aim = AIM
+    for _ in range(FINAL_ROUNDS):
+        contenders = {"searched": winner} | baselines
+        timings = engine.time(
+            "final", {k: c.choices for k, c in contenders.items()}, FINAL_SECONDS
+        )
+        timed = {
+            key: replace(
+                c, timing=t, ratio=(ratio := engine.measured_ratio(c.choices, t)),
+                feasible=ratio <= target,
+            )
+            for (key, c), t in zip(contenders.items(), timings, strict=True)
+        }  # fmt: skip
+        winner = timed.pop("searched")
+        decision = Decision(winner, timed, target, timings[0], trials, winner.feasible)
+        if winner.feasible:
+            return decision
+        engine.report.detail(f"  final timing {winner.ratio:.3f} is over {target:.3f}: tightening")
+        aim *= min(0.99, target / winner.ratio)
+        again = engine.meet(winner.name, make, target, aim)
+        if again is None:
+            break
+        winner = again
+    return decision
+
+
+def _nearest(engine: Engine, exact: Contender | None, target: float) -> Contender:
+    """The fastest plan there is, measured: what an infeasible budget gets."""
+    choices = engine.fastest()
+    (timing,) = engine.time("fastest", {"fastest": choices}, FINAL_SECONDS)
+    ratio = engine.measured_ratio(choices, timing)
+    fastest = Contender("fastest", choices, timing, ratio, ratio <= target)
+    return exact if exact is not None and exact.ratio < ratio else fastest
+
+
+def _all_dense(contender: Contender) -> bool:
+    return all(c == DENSE for c in contender.choices.values())
+
+
+def infeasible(
+    scope: str, budget: float, decision: Decision, share: float
+) -> InfeasibleBudgetError:
+    """The error for a decision that does not meet its budget."""
+    reachable = scope_ratio(scope, decision.winner.ratio, decision.dense, share)
+    if _all_dense(decision.winner):
+        reason = "no candidate is faster than dense on this device: keep this model dense"
+    elif scope == "model" and decision.target <= 0:
+        fixed = decision.dense.fixed_ms / decision.dense.dense_ms
+        reason = f"everything outside the searched layers alone takes {fixed:.2f} of dense"
+    else:
+        reason = "the smallest ranks of the search space still take that much"
+    # Rounded up: the budget that is named must be reachable.
+    smallest = -(-reachable * 1000 // 1) / 1000
+    return InfeasibleBudgetError(
+        f"no plan meets budget {budget:g} (scope {scope}): the smallest reachable budget is about "
+        f"{smallest:.3f}; {reason}. The nearest plan is in plan.json."
+    )

@@ -1,0 +1,304 @@
+"""The search proper: plans are solved for, built, measured and corrected until budgets hold.
+
+`Engine` holds the tables and the dense model of one run.  Every whole-model measurement goes
+through the run folder (`RunFolder.once`), so a resumed run repeats none of them and, given the
+same numbers, takes the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import nn
+
+from blast_search import solver, study
+from blast_search.batches import Batch, mean_divergence
+from blast_search.errors import InfeasibleBudgetError
+from blast_search.fitting import Fitter
+from blast_search.latency import Timing, time_variants
+from blast_search.latency_model import LatencyModel
+from blast_search.layers import Workload, swapped
+from blast_search.matrix import BlastLinear
+from blast_search.plan import Choices, FrontPoint
+from blast_search.progress import Reporter
+from blast_search.runfolder import RunFolder, digest
+from blast_search.sensitivity import Scorer
+from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace
+from blast_search.tables import Option, ScoreTable, layer_options, undominated
+
+AIM = 0.985  # of the budget: room for the noise of the final measurement
+CLOSE = 0.965  # a plan that uses this much of its budget is close enough
+ROUNDS = 6
+TIMING_SECONDS = 8.0
+FINAL_SECONDS = 24.0
+FRONT_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+Make = Callable[[float], Choices]  # predicted ratio -> choices; InfeasibleBudgetError if none
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A plan that was built and timed."""
+
+    name: str
+    choices: Choices
+    timing: Timing
+    ratio: float  # measured cost of the layers relative to dense, in the budget's scope
+    feasible: bool
+
+
+@dataclass
+class Engine:
+    """One run's model, tables and measurements."""
+
+    model: nn.Module
+    layers: list[LayerSpec]
+    space: SearchSpace
+    workloads: Sequence[Workload]
+    batches: list[Batch]
+    references: list[object]
+    latency: LatencyModel
+    fitter: Fitter
+    scorer: Scorer
+    scores: ScoreTable
+    run: RunFolder
+    report: Reporter
+    scope: str = "layers"
+    points: list[FrontPoint] = field(default_factory=list)
+    rounds: list[dict[str, object]] = field(default_factory=list)
+    gap: float = 0.0
+
+    # ---- measurements -------------------------------------------------------------------
+
+    def time(self, name: str, contenders: Mapping[str, Choices], seconds: float) -> list[Timing]:
+        """Time plans side by side with dense (random factors: values do not change the time)."""
+
+        def measure() -> list[dict[str, object]]:
+            variants = {key: self.untrained(choices) for key, choices in contenders.items()}
+            timings = time_variants(self.model, self.layers, variants, self.workloads, seconds)
+            return [asdict(timings[key]) for key in contenders]
+
+        key = "+".join(digest(choices) for choices in contenders.values())
+        kind = f"timing {seconds:g}s"
+        return [_timing(value) for value in self.run.once(kind, key, name, measure)]
+
+    def untrained(self, choices: Choices) -> dict[str, nn.Module]:
+        return {
+            name: BlastLinear.empty_like(self.fitter.dense[name], c.num_blocks, c.rank)
+            for name, c in choices.items()
+            if not c.is_dense
+        }
+
+    def true_loss(self, name: str, choices: Choices) -> float:
+        """Divergence of the built model from the dense one on all calibration batches."""
+
+        def measure() -> float:
+            with swapped(self.model, self.layers, self.fitter.modules(choices)):
+                return mean_divergence(self.model, self.batches, self.references)
+
+        return float(self.run.once("loss", digest(choices), name, measure))
+
+    def note_point(self, name: str, budget: float, choices: Choices, loss: float | None) -> None:
+        ratio = self.latency.ratio(choices)
+        if ratio is not None:
+            predicted = self.predicted_loss(choices)
+            self.points.append(FrontPoint(name, budget, ratio, False, predicted, loss, choices))
+
+    def predicted_loss(self, choices: Choices) -> float:
+        by_name = {layer.name: layer for layer in self.layers}
+        return sum(self.scorer.score(by_name[name], c).loss for name, c in choices.items())
+
+    # ---- plans --------------------------------------------------------------------------
+
+    def size(self, layer: LayerSpec, candidate: Candidate) -> float:
+        """What the scopes "macs" and "params" count."""
+        return layer.macs(candidate) if self.scope == "macs" else layer.params(candidate)
+
+    @property
+    def by_time(self) -> bool:
+        return self.scope in ("layers", "model")
+
+    def predicted_ratio(self, choices: Choices) -> float | None:
+        """The layers' cost under a plan relative to dense: time, or MACs or parameters."""
+        if self.by_time:
+            return self.latency.ratio(choices)
+        total = sum(self.size(layer, DENSE) for layer in self.layers)
+        return sum(self.size(ly, choices.get(ly.name, DENSE)) for ly in self.layers) / total
+
+    def measured_ratio(self, choices: Choices, timing: Timing) -> float:
+        """As `predicted_ratio`, but the time is the measured one; MACs and parameters are exact.
+
+        An all-dense plan is the dense model: its ratio is 1, whatever the noise of two timings.
+        """
+        if all(c.is_dense for c in choices.values()):
+            return 1.0
+        if self.by_time:
+            return timing.ratio_layers
+        ratio = self.predicted_ratio(choices)
+        assert ratio is not None
+        return ratio
+
+    def options(self) -> dict[str, list[Option]]:
+        """What the solver may choose; never a candidate that is slower than dense."""
+        options = layer_options(self.layers, self.latency.table, self.scores)
+        if self.by_time:
+            return options
+        return {
+            ly.name: undominated(
+                [replace(o, cost_us=self.size(ly, o.candidate)) for o in options[ly.name]]
+            )
+            for ly in self.layers
+        }
+
+    def exact(self, ratio: float, weights: Mapping[str, float] | None = None) -> Choices:
+        """The plan of least predicted loss whose predicted layer ratio is at most `ratio`."""
+        if self.space.uniform:
+            return self.best_uniform(ratio, self.space.num_blocks)
+        if self.by_time:
+            budget = ratio / self.latency.correction * self.latency.dense_us
+        else:
+            budget = ratio * sum(self.size(layer, DENSE) for layer in self.layers)
+        solution = solver.solve(self.options(), budget, weights)
+        self.gap = max(self.gap, solution.gap)
+        return solution.choices
+
+    def fastest(self) -> Choices:
+        """The plan of least predicted cost, whatever it loses."""
+        return {
+            name: min(choices, key=lambda o: o.cost_us).candidate
+            for name, choices in self.options().items()
+        }
+
+    def uniform(self, num_blocks: int, keep: float) -> dict[str, Candidate]:
+        return {ly.name: self.space.uniform_choice(ly, num_blocks, keep) for ly in self.layers}
+
+    def largest_uniform(self, num_blocks: int, ratio: float) -> dict[str, Candidate]:
+        """The uniform plan of this b that keeps most parameters within a predicted ratio."""
+        top = max(self.space.keep)
+        for percent in range(round(100 * top), 0, -1):
+            choices = self.uniform(num_blocks, percent / 100)
+            predicted = self.predicted_ratio(choices)
+            if predicted is not None and predicted <= ratio:
+                return choices
+        raise InfeasibleBudgetError(
+            f"no uniform plan with {num_blocks} blocks has a layer latency ratio of {ratio:.3f}."
+        )
+
+    def best_uniform(self, ratio: float, block_counts: Sequence[int]) -> dict[str, Candidate]:
+        """Over block counts, the largest uniform plan with the least predicted loss."""
+        found = []
+        for b in block_counts:
+            try:
+                choices = self.largest_uniform(b, ratio)
+            except InfeasibleBudgetError:
+                continue
+            if not all(c.is_dense for c in choices.values()):
+                found.append((self.predicted_loss(choices), b, choices))
+        if not found:
+            raise InfeasibleBudgetError(f"no uniform plan reaches a ratio of {ratio:.3f}.")
+        return min(found, key=lambda item: item[:2])[2]
+
+    def meet(self, name: str, make: Make, target: float, aim: float = AIM) -> Contender | None:
+        """Solve, build, time, correct, solve again, until the *measured* ratio meets `target`.
+
+        Returns:
+            The slowest plan within the target (the best use of the budget), else the fastest
+            one measured with feasible=False; None if nothing could be solved for.
+        """
+        best: Contender | None = None
+        nearest: Contender | None = None
+        correction = self.latency.correction
+        seen: set[str] = set()
+        for _ in range(ROUNDS):
+            self.latency.correction = correction
+            try:
+                choices = make(aim * target)
+            except InfeasibleBudgetError:
+                break
+            predicted = self.predicted_ratio(choices)
+            assert predicted is not None
+            if digest(choices) in seen:  # measured already: no new evidence would come
+                break
+            seen.add(digest(choices))
+            (timing,) = self.time(name, {name: choices}, TIMING_SECONDS)
+            measured = self.measured_ratio(choices, timing)
+            self.rounds.append(
+                {"plan": name, "predicted_ratio": predicted, "measured_ratio": measured}
+            )
+            self.report.detail(
+                f"  {name}: predicted ratio {predicted:.3f}, measured {measured:.3f}"
+            )
+            contender = Contender(name, choices, timing, measured, measured <= target)
+            if contender.feasible and (best is None or measured > best.ratio):
+                best = contender
+            if nearest is None or measured < nearest.ratio:
+                nearest = contender
+            if not self.by_time or (contender.feasible and measured >= CLOSE * target):
+                break
+            updated = correction * measured / predicted
+            if all(c.is_dense for c in choices.values()) or abs(updated / correction - 1) < 1e-3:
+                break
+            correction = min(max(updated, 0.2), 5.0)
+        self.latency.correction = correction
+        return best or nearest
+
+    # ---- stages -------------------------------------------------------------------------
+
+    def evaluate_front(self, target: float, expired: Callable[[], bool]) -> None:
+        """True losses of exact plans at other budgets, for the front and the additivity check."""
+        self.note_point("dense", 1.0, {layer.name: DENSE for layer in self.layers}, 0.0)
+        budgets = [b for b in FRONT_BUDGETS if abs(b - target) > 0.02]
+        with self.report.stage("evaluate the front", len(budgets)) as advance:
+            for budget in budgets:
+                try:
+                    choices = self.exact(budget)
+                except InfeasibleBudgetError:
+                    choices = {}
+                if choices and not expired():
+                    name = f"exact {budget:.2f}"
+                    self.note_point(name, budget, choices, self.true_loss(name, choices))
+                advance()
+
+    def refine(
+        self, target: float, trials: int, storage: str, seed: int, expired: Callable[[], bool]
+    ) -> tuple[dict[str, float], int]:
+        """Optuna over the weights of the score table; returns the best weights and the trials."""
+        groups = study.parameter_groups(self.layers)
+        parameters = sorted({g for names in groups.values() for g in names})
+        best: tuple[float, dict[str, float]] = (float("inf"), {})
+        count = 0
+
+        def evaluate(values: Mapping[str, float]) -> tuple[float, float, dict[str, object]] | None:
+            try:
+                choices = self.exact(AIM * target, study.weights(self.layers, groups, values))
+            except InfeasibleBudgetError:
+                return None
+            loss = self.true_loss("trial", choices)
+            ratio = self.predicted_ratio(choices)
+            assert ratio is not None
+            plan = {name: c.key for name, c in choices.items()}
+            return loss, ratio - target, {"latency_ratio": ratio, "plan": plan}
+
+        with self.report.stage("optuna trials", trials) as advance:
+            count = study.refine(parameters, evaluate, trials, storage, seed, advance, expired)
+        for values, loss, plan in study.finished(storage):
+            choices = {name: Candidate.from_key(key) for name, key in plan.items()}
+            self.note_point("trial", target, choices, loss)
+            if loss < best[0]:
+                best = (loss, study.weights(self.layers, groups, values))
+        return best[1], count
+
+
+def _timing(value: Mapping[str, object]) -> Timing:
+    return Timing(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})  # type: ignore[arg-type]
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process so far: GPU memory on CUDA, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

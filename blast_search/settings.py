@@ -1,0 +1,64 @@
+"""What a run is asked to do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from blast_search.errors import UsageError
+
+SCOPES = ("layers", "model", "macs", "params")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's outcome; written to config.yaml."""
+
+    task: str = "minilm"
+    budget: float | None = None
+    budget_scope: str = "layers"
+    max_drop: float | None = None
+    space: str = "default"
+    workload: str | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    storage: str | None = None
+    trials: int = 20
+    time_limit: float | None = None  # minutes
+    retrain_steps: int | None = None  # None: the task's recipe; 0: off
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise UsageError for a value outside its range."""
+        if self.budget is None and self.max_drop is None:
+            raise UsageError("no budget: give --budget (for instance 0.3), --max-drop, or both.")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise UsageError(
+                f"budget is {self.budget:g}, expected a fraction of the dense latency above 0 and "
+                "up to 1, for instance 0.3."
+            )
+        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
+            raise UsageError(f"max_drop is {self.max_drop:g}, expected 0 or more.")
+        if self.budget_scope not in SCOPES:
+            raise UsageError(
+                f"budget_scope is {self.budget_scope!r}, expected one of {', '.join(SCOPES)}."
+            )
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
+        if self.trials < 0 or (self.retrain_steps or 0) < 0:
+            raise UsageError("trials and retrain_steps must be 0 or more.")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise UsageError(f"time_limit is {self.time_limit:g} minutes, expected more than 0.")
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one, else the CPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device is {name!r}, expected auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device is cuda, but PyTorch sees no CUDA device. Use --device cpu.")
+    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
