@@ -87,22 +87,16 @@ def search(
         values |= stored | {"out": resume}
     if dry_run:
         return forecast(values, report, silent)
-    try:
-        run = pipeline.search(**values, resume=resume is not None, report=report)
-    except InfeasibleBudgetError:
-        raise
+    run = pipeline.search(**values, resume=resume is not None, report=report)
     if not silent:
-        _console().print(_result_table(run.plan))
+        from blast_search.report import result_table, verdict
+
+        _console().print(result_table(run.plan))
+        notice = verdict(run.plan)
+        _console().print(f"{notice.title} {notice.text}", markup=False)
         _console().print(run.plan.search["verdict"], markup=False)
         _console().print(f"{run.folder / 'report.html'}", markup=False)
     return {"run": str(run.folder), "plan": run.plan.to_json()}
-
-
-def _result_table(plan: Plan) -> Table:
-    from blast_search.report import result_table
-
-    table: Table = result_table(plan)
-    return table
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def uniform_contenders(engine: Engine, target: float) -> dict[str, Contender]:
         if contender and not _all_dense(contender):
             found[key] = contender
             loss = engine.true_loss(name, contender.choices)
-            engine.note_point(name, target, contender.choices, loss)
+            blocks_used = max(c.num_blocks for c in contender.choices.values())
+            engine.note_point(f"uniform b{blocks_used}", target, contender.choices, loss)
     engine.latency.correction = 1.0
     return found
 

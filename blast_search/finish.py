@@ -183,6 +183,18 @@ class Finish:
         since = time.monotonic()
         decision = self.decide()
         self.pipeline.seconds["search"] = round(time.monotonic() - since, 1)
+        winner = decision.winner
+        engine.points.append(
+            FrontPoint(
+                "searched",
+                decision.target,
+                winner.timing.ratio_layers,
+                True,
+                engine.predicted_loss(winner.choices),
+                engine.true_loss("searched", winner.choices),
+                winner.choices,
+            )
+        )
         search_seconds = round(sum(self.pipeline.seconds.values()), 1)
         self.report.say(f"search finished after {search_seconds:.0f} s")
         plan = self.describe(decision)
@@ -354,13 +366,9 @@ class Finish:
         winner = decision.winner
         if all(c.is_dense for c in winner.choices.values()):
             return "Keep this model dense: no plan within the budgets is faster on this device."
-        text = (
-            f"{'Met' if decision.met else 'Missed'}: the searched layers take "
-            f"{winner.timing.ratio_layers:.3f} of their dense latency, the whole model "
-            f"{winner.timing.ratio_model:.3f} (measured)."
-        )
+        text = f"The plan came from the {winner.name} stage."
         if winner.name.startswith("uniform"):
-            text += f" The {winner.name} plan was the best found."
+            text = f"No searched plan beat the {winner.name} plan, so that plan was taken."
         values = after or metrics
         better = self.prepared.task.metric[1]
         lost = [
