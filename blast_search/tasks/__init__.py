@@ -1,0 +1,116 @@
+"""Built-in tasks, and the way to name a task: a model, its data and its quality metric."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs
+
+from blast_search.errors import MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    from blast_search.evaluate import Task
+
+BUILTIN: dict[str, str] = {
+    "minilm": "sentence encoder MiniLM-L6 (36 Linear layers): find the word for a definition, MRR",
+    "smollm2": "language model SmolLM2-135M (210 Linear layers): Wikipedia text, perplexity",
+    "vit": "small vision transformer trained here on Fashion-MNIST: accuracy",
+}
+_METHODS = ("model", "workload", "calibration", "evaluate", "train_batches", "loss")
+_FORMS = (
+    f"Expected one of {', '.join(BUILTIN)}, or pkg.module:function (a function that returns a "
+    "task), or hf:FOLDER?text=FILE."
+)
+
+
+def load_task(spec: str) -> Task:
+    """The task that `spec` names: built-in, pkg.module:function, or hf:FOLDER?text=FILE.
+
+    A module is looked up in the current folder first.
+
+    Raises:
+        UsageError: unknown name, a function that cannot be imported, or that returns no task.
+        MissingDependencyError: the task needs a package or file that is not here.
+    """
+    if spec in BUILTIN:
+        task: Task = importlib.import_module(f"blast_search.tasks.{spec}").task()
+        return task
+    if spec.startswith("hf:"):
+        return _load_hf(spec)
+    module_name, colon, function_name = spec.partition(":")
+    if not colon or not module_name or not function_name:
+        raise UsageError(f"unknown task {spec!r}. {_FORMS} Run `blast-search tasks` for a list.")
+    return _check(spec, _call(spec, module_name, function_name))
+
+
+def _load_hf(spec: str) -> Task:
+    source, _, query = spec.removeprefix("hf:").partition("?")
+    options = parse_qs(query, keep_blank_values=True)
+    if not source or set(options) - {"text"}:
+        raise UsageError(
+            f"got the task {spec!r}. Expected hf:FOLDER or hf:FOLDER?text=FILE. "
+            "Name the folder of a saved Hugging Face model and a plain text file."
+        )
+    from blast_search.tasks.hf import HFTask
+
+    return HFTask(source, options["text"][0] if "text" in options else None)
+
+
+def _call(spec: str, module_name: str, function_name: str) -> object:
+    if sys.path[:1] != [os.getcwd()]:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        missing = error.name or module_name
+        if isinstance(error, ModuleNotFoundError) and not f"{module_name}.".startswith(
+            f"{missing}."
+        ):
+            raise MissingDependencyError(
+                f"the task {spec!r} imports {missing}, not installed here; "
+                f"run: pip install {missing.partition('.')[0]}"
+            ) from error
+        raise UsageError(
+            f"cannot import the module {module_name!r} of the task {spec!r}: {error}. {_FORMS} "
+            "Run the command in the folder that holds the module, or install it."
+        ) from error
+    except SyntaxError as error:
+        raise UsageError(
+            f"the module {module_name!r} of the task {spec!r} is not valid Python: {error}. "
+            "Expected a module that can be imported; correct that line."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UsageError(
+            f"the module {module_name!r} has no function {function_name!r}. Expected a function "
+            "that takes no arguments and returns a task."
+        )
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise UsageError(
+            f"the function {spec!r} cannot be called without arguments ({error}). Expected one "
+            "that can; give its arguments default values."
+        ) from error
+    except ValueError:  # a built-in that does not tell its signature
+        pass
+    return function()
+
+
+def _check(spec: str, task: object) -> Task:
+    missing = [name for name in _METHODS if not callable(getattr(task, name, None))]
+    metric = getattr(task, "metric", None)
+    if not isinstance(getattr(task, "name", None), str):
+        missing.insert(0, "name (a string)")
+    if not (isinstance(metric, tuple) and len(metric) == 2):
+        missing.insert(0, 'metric (a pair such as ("accuracy", True))')
+    if missing or isinstance(task, type):
+        what = "the class itself" if isinstance(task, type) else type(task).__name__
+        raise UsageError(
+            f"the task {spec!r} returned {what}, without: {', '.join(missing) or 'an instance'}. "
+            "Expected an object with name, metric and the methods of blast_search.Task."
+        )
+    return task  # type: ignore[return-value]

@@ -1,0 +1,250 @@
+"""Ready task for a Hugging Face model: a causal language model, or an encoder.
+
+Needs transformers.  Models are read from a folder, or by name from the local download cache;
+nothing is downloaded, no code from the model folder runs, and only safetensors are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from blast_search.batches import to_device
+from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.tasks._support import quiet_transformers, require
+from blast_search.tasks._text import (
+    Splits,
+    read_documents,
+    split_documents,
+    token_rows,
+    wikipedia,
+)
+
+INSTALL = "pip install transformers"
+
+Batch = dict[str, Tensor]
+
+
+class Shape(NamedTuple):
+    """Rows x tokens."""
+
+    rows: int
+    length: int
+
+
+class HFTask:
+    """A text model and its text.
+
+    Causal language models are judged by perplexity and trained on the dense model's logits.
+    Encoders are judged by feature distance, the mean of 1 - cosine between their last hidden
+    states and the dense model's, and trained on the same.
+
+    Args:
+        model_name_or_path: a folder written by save_pretrained, or a name in the local cache.
+        text_file: UTF-8 text, split into disjoint parts for evaluation, calibration and
+            training; None takes the Wikipedia extract that ships with blast_search.
+        name: of the task in reports.
+        evaluation, calibration: rows x tokens in all; training, and the workload: per batch.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+        UsageError: no such model or text, an encoder-decoder model, or too little text.
+    """
+
+    train_steps = 40
+    learning_rate = 3e-4
+
+    def __init__(
+        self,
+        model_name_or_path: str | Path,
+        text_file: str | Path | None = None,
+        *,
+        name: str | None = None,
+        evaluation: tuple[int, int] = (16, 512),
+        calibration: tuple[int, int] = (8, 256),
+        training: tuple[int, int] = (4, 128),
+        workload: tuple[int, int] = (1, 128),
+    ) -> None:
+        require("hf", INSTALL, "transformers")
+        self.source = str(model_name_or_path)
+        self.name = name or f"hf-{Path(self.source).name}"
+        self.evaluation_shape, self.calibration_shape = Shape(*evaluation), Shape(*calibration)
+        self.training_shape, self.workload_shape = Shape(*training), Shape(*workload)
+        documents = wikipedia() if text_file is None else read_documents(Path(text_file))
+        self.splits: Splits = split_documents(documents)
+        self.causal = self._is_causal()
+        self.metric = ("perplexity", False) if self.causal else ("feature_distance", False)
+        self._dense: nn.Module | None = None  # an encoder is judged against it
+        self._reference: list[Tensor] = []
+
+    def folder(self) -> str:
+        """Where the model is: a folder, or a name in the local cache."""
+        return self.source
+
+    def _is_causal(self) -> bool:
+        config = self._config
+        kinds = [str(kind) for kind in getattr(config, "architectures", None) or []]
+        if getattr(config, "is_encoder_decoder", False):
+            raise UsageError(
+                f"the model {self.source} is an encoder-decoder. Expected a causal language model "
+                "or an encoder; write a task of your own for it (pkg.module:function)."
+            )
+        return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
+
+    def _load(self, loader: str, **options: Any) -> Any:
+        folder = self.folder()
+        with quiet_transformers():
+            import transformers
+
+            try:
+                return getattr(transformers, loader).from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False, **options
+                )
+            except (OSError, ValueError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise UsageError(
+                    f"cannot load the model {self.source} ({loader}: {first}). Expected a folder "
+                    "written by save_pretrained (safetensors and tokenizer); for a model of the "
+                    f"hub, first run: hf download {self.source}"
+                ) from error
+
+    @cached_property
+    def _config(self) -> Any:
+        return self._load("AutoConfig")
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self._load("AutoTokenizer")
+
+    def model(self) -> nn.Module:
+        """A new model: fp32, CPU, eval mode, no key/value cache."""
+        config = copy.deepcopy(self._config)
+        config.use_cache = False
+        model: nn.Module = self._load(
+            "AutoModelForCausalLM" if self.causal else "AutoModel",
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+        )
+        return model.eval()
+
+    def workload(self) -> Batch:
+        """1 x 128 tokens unless the task was made with another shape."""
+        return self.make_workload(*self.workload_shape)
+
+    def make_workload(self, batch_size: int, length: int) -> Batch:
+        """batch_size rows of exactly length tokens, without padding."""
+        rows = self._rows(self.splits.calibration, Shape(batch_size, length), fill=True)
+        return self._batch(rows)
+
+    def calibration(self) -> list[Batch]:
+        """Rows of the calibration documents, two to a batch."""
+        rows = self._rows(self.splits.calibration, self.calibration_shape)
+        return [self._batch(rows[i : i + 2]) for i in range(0, len(rows), 2)]
+
+    @cached_property
+    def _evaluation(self) -> list[Batch]:
+        rows = self._rows(self.splits.evaluation, self.evaluation_shape)
+        return [self._batch(rows[i : i + 2]) for i in range(0, len(rows), 2)]
+
+    def evaluate(self, model: nn.Module) -> float:
+        """Perplexity, or an encoder's feature distance, on the evaluation rows."""
+        with torch.no_grad():
+            return self._perplexity(model) if self.causal else self._feature_distance(model)
+
+    def _perplexity(self, model: nn.Module) -> float:
+        total, count = 0.0, 0
+        for batch in self._evaluation:
+            moved = to_device(batch, model)
+            logits = model(**moved).logits
+            for row, ids in zip(logits, moved["input_ids"], strict=True):
+                total += float(functional.cross_entropy(row[:-1].float(), ids[1:]).double()) * (
+                    len(ids) - 1
+                )
+                count += len(ids) - 1
+        return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+    def _feature_distance(self, model: nn.Module) -> float:
+        if not self._reference:
+            dense = self.model()
+            self._reference = [_features(dense(**batch)) for batch in self._evaluation]
+        distances = []
+        for batch, wanted in zip(self._evaluation, self._reference, strict=True):
+            found = _features(model(**to_device(batch, model)))
+            distances.append(_distance(found, wanted.to(found.device)))
+        return float(torch.stack(distances).mean())
+
+    def train_batches(self, seed: int) -> Iterator[Batch]:
+        """Endless batches of training rows (4 x 128 unless the task was made otherwise)."""
+        size, length = self.training_shape
+        rows = self._rows(self.splits.training, Shape(0, length))
+        rng = random.Random(seed)
+        while True:
+            rng.shuffle(rows)
+            for start in range(0, max(len(rows) - size, 0) + 1, size):
+                yield self._batch(rows[start : start + size])
+
+    def loss(self, model: nn.Module, batch: Batch, teacher: nn.Module) -> Tensor:
+        """KL(teacher || model) in nats per token; for an encoder the feature distance."""
+        with torch.no_grad():
+            wanted = teacher(**to_device(batch, teacher))
+        found = model(**to_device(batch, model))
+        if not self.causal:
+            return _distance(_features(found), _features(wanted))
+        student, target = (
+            output.logits.float().flatten(0, 1).log_softmax(-1) for output in (found, wanted)
+        )
+        return functional.kl_div(student, target, log_target=True, reduction="batchmean")
+
+    def _rows(self, documents: list[str], shape: Shape, fill: bool = False) -> list[list[int]]:
+        """Rows of the model's own form: special tokens first (and last, for an encoder)."""
+        special: list[int] = self._tokenizer("")["input_ids"]
+        head = special[:1]
+        tail = [] if self.causal else special[1:]
+        longest = getattr(self._config, "max_position_embeddings", None) or shape.length
+        length = shape.length if fill else min(shape.length, longest)
+        body = max(length - len(head) - len(tail), 1)
+        if fill:  # a workload: any length, text repeated where it runs out
+            tokens = [token for text in documents for token in self._encode(text)]
+            tokens *= -(-shape.rows * body // len(tokens))
+            rows = [tokens[i * body : (i + 1) * body] for i in range(shape.rows)]
+        else:
+            rows = token_rows(documents, self._encode, body, shape.rows or None)
+        if not rows:
+            raise UsageError(
+                f"the text of task {self.name} has too few tokens for one row of {length}. "
+                "Expected 100,000 characters or more; give a longer text file."
+            )
+        return [(head + row + tail)[:length] for row in rows]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        return ids
+
+    def _batch(self, rows: list[list[int]]) -> Batch:
+        return {"input_ids": torch.tensor(rows)}  # full rows: no padding, hence no mask
+
+
+def _features(output: Any) -> Tensor:
+    """The last hidden state (B, T, width) of an encoder's output, in fp32."""
+    hidden = output.get("last_hidden_state") if isinstance(output, Mapping) else None
+    if not isinstance(hidden, Tensor):
+        raise IncompatibleInputError(
+            f"the encoder returned {type(output).__name__} without last_hidden_state; "
+            "write a task of your own for it (pkg.module:function)."
+        )
+    return hidden.float()
+
+
+def _distance(found: Tensor, wanted: Tensor) -> Tensor:
+    return 1 - functional.cosine_similarity(found, wanted, dim=-1).mean()

@@ -1,0 +1,372 @@
+"""Tasks: disjoint splits, the Protocol, how a task is named, and what is said when one is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import textwrap
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from blast_search.errors import IncompatibleInputError, MissingDependencyError, UsageError
+from blast_search.evaluate import Task
+from blast_search.tasks import BUILTIN, _support, load_task, minilm, smollm2, vit
+from blast_search.tasks._text import (
+    read_documents,
+    split_documents,
+    token_rows,
+    wikipedia,
+)
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+needs_minilm = needs(minilm.PACKAGE, "transformers")
+needs_smollm2 = needs(smollm2.PACKAGE, "transformers", "gguf", "accelerate")
+needs_transformers = needs("transformers")
+
+
+# Data
+
+
+def test_wordnet_entries_are_unique_and_enough() -> None:
+    lemmas, definitions = zip(*minilm.entries(), strict=True)
+    assert len(set(lemmas)) == len(lemmas)
+    assert len(set(definitions)) == len(definitions)
+    assert len(lemmas) - minilm.EVALUATION - minilm.CALIBRATION >= 25_000
+
+
+@needs_minilm
+def test_minilm_splits_are_disjoint() -> None:
+    task = minilm.task()
+    parts = [task.calibration_entries, task.evaluation_entries, task.training_entries]
+    assert [len(part) for part in parts[:2]] == [512, 4000]
+    for one, other in combinations(parts, 2):
+        for column in (0, 1):
+            assert not {row[column] for row in one} & {row[column] for row in other}
+
+
+def test_wikipedia_splits_are_disjoint_and_complete() -> None:
+    splits = split_documents(wikipedia())
+    for one, other in combinations(splits, 2):
+        assert not set(one) & set(other)
+    assert sum(map(len, splits)) == len(wikipedia())
+    assert len(splits.evaluation) >= 16
+    assert len(splits.calibration) >= 8
+
+
+@pytest.mark.parametrize("separator", ["\n", " "])
+def test_text_file_is_cut_without_loss_or_overlap(tmp_path: Path, separator: str) -> None:
+    words = [f"word{i}" for i in range(5000)]
+    path = tmp_path / "text.txt"
+    path.write_text(separator.join(words))
+    splits = split_documents(read_documents(path))
+    found = [set(" ".join(part).split()) for part in splits]
+    assert set().union(*found) == set(words)
+    assert all(not one & other for one, other in combinations(found, 2))
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff\xfe\x00bad"])
+def test_bad_text_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"text\.txt"):
+        read_documents(path)
+
+
+def test_token_rows_go_round_the_documents() -> None:
+    documents = ["aaaaaa", "bbbbbbbbbb", "cc"]
+    rows = token_rows(documents, lambda text: [ord(c) for c in text], 3)
+    assert ["".join(map(chr, row)) for row in rows] == ["aaa", "bbb", "aaa", "bbb", "bbb"]
+    assert len(token_rows(documents, lambda text: [ord(c) for c in text], 3, 2)) == 2
+    joined = token_rows(["ab", "cd"], lambda text: [ord(c) for c in text], 3)
+    assert joined == [[ord(c) for c in "abc"]]
+
+
+def test_fashion_splits_are_disjoint() -> None:
+    parts = vit.images()
+    hashes = {
+        name: {picture.numpy().tobytes() for picture in pictures}
+        for name, (pictures, _) in parts.items()
+    }
+    for one, other in combinations(hashes.values(), 2):
+        assert not one & other
+    assert len(parts["evaluation"][1]) == 3000
+    assert all(pictures.shape[1:] == (1, 28, 28) for pictures, _ in parts.values())
+
+
+# Naming a task
+
+
+def test_importing_the_tasks_imports_no_model_library() -> None:
+    code = "import sys, blast_search.tasks; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "minilmm", "no.such.module:task", "json:", ":task", "json:no_such", "hf:",
+             "hf:folder?text=a&other=b"],
+)  # fmt: skip
+def test_unknown_names_are_usage_errors(spec: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load_task(spec)
+    message = str(error.value)
+    assert "Expected" in message
+    assert len(message.splitlines()) <= 3
+
+
+def test_unknown_name_lists_the_names_and_forms() -> None:
+    with pytest.raises(UsageError, match=r"pkg\.module:function") as error:
+        load_task("resnet")
+    assert all(name in str(error.value) for name in ("'resnet'", *BUILTIN))
+
+
+MY_TASK = """
+    import torch
+    from torch import nn
+
+    class Mine:
+        name = "mine"
+        metric = ("error", False)
+        def model(self): return nn.Linear(4, 4).eval()
+        def workload(self): return torch.zeros(8, 4)
+        def calibration(self): return [torch.zeros(8, 4)]
+        def evaluate(self, model): return 0.0
+        def train_batches(self, seed):
+            while True:
+                yield torch.zeros(8, 4)
+        def loss(self, model, batch, teacher): return model(batch).square().mean()
+
+    class Half:
+        name = "half"
+        metric = ("error", False)
+        def model(self): return nn.Linear(4, 4)
+
+    def task(): return Mine()
+    def nothing(): return None
+    def half(): return Half()
+    def klass(): return Mine
+    def asks(argument): return Mine()
+"""
+
+
+@pytest.fixture
+def my_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = "my_blast_task"
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(MY_TASK))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return name
+
+
+def test_a_function_in_the_current_folder_is_a_task(my_module: str) -> None:
+    task = load_task(f"{my_module}:task")
+    assert isinstance(task, Task)
+    assert task.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("function", "missing"),
+    [
+        ("nothing", "calibration"),
+        ("half", "workload, calibration, evaluate"),
+        ("klass", "class"),
+        ("asks", "argument"),
+    ],
+)
+def test_what_is_no_task_is_named(my_module: str, function: str, missing: str) -> None:
+    with pytest.raises(UsageError, match=missing):
+        load_task(f"{my_module}:{function}")
+
+
+def test_a_module_that_is_not_python_is_named(my_module: str) -> None:
+    Path("broken.py").write_text("def task(:\n")
+    with pytest.raises(UsageError, match="broken"):
+        load_task("broken:task")
+
+
+def test_a_task_that_needs_a_package_says_which(my_module: str) -> None:
+    Path("needy.py").write_text("import no_such_package_here\n")
+    with pytest.raises(MissingDependencyError, match="pip install no_such_package_here"):
+        load_task("needy:task")
+
+
+@pytest.mark.parametrize("module", [minilm, smollm2])
+def test_a_missing_package_gives_the_command(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    original = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> Any:
+        return None if name == module.PACKAGE else original(name, package)
+
+    monkeypatch.setattr(_support.importlib.util, "find_spec", find_spec)
+    with pytest.raises(MissingDependencyError) as error:
+        load_task(module.__name__.rpartition(".")[2])
+    assert module.INSTALL in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# Behaviour
+
+
+def test_mean_reciprocal_rank_counts_ties_and_nan_against_the_model() -> None:
+    keys = torch.eye(4)
+    assert minilm.mean_reciprocal_rank(keys, keys) == 1.0
+    assert minilm.mean_reciprocal_rank(torch.ones(4, 4), torch.ones(4, 4)) == 0.25
+    assert minilm.mean_reciprocal_rank(torch.full((4, 4), torch.nan), keys) == 0.25
+    assert minilm.mean_reciprocal_rank(keys[[1, 0, 2, 3]], keys) == pytest.approx(0.625, abs=0.13)
+
+
+@needs_minilm
+def test_minilm_task_works_on_a_small_subset() -> None:
+    task = minilm.MiniLMTask(evaluation_size=32)
+    assert isinstance(task, Task)
+    model, teacher = task.model(), task.model()
+    assert not model.training
+    assert next(model.parameters()) is not next(teacher.parameters())
+    assert model(**task.workload()).shape == (32, 384)
+    assert task.make_workload(3, 17)["input_ids"].shape == (3, 17)
+    assert sum(len(batch["input_ids"]) for batch in task.calibration()) == 1024
+    dense = task.evaluate(model)
+    assert dense == task.evaluate(model)
+    assert 0.6 < dense < 1
+    assert task.evaluate(model.bfloat16()) == pytest.approx(dense, abs=0.05)
+    batch = next(task.train_batches(1))
+    again = next(task.train_batches(1))
+    assert torch.equal(batch[0]["input_ids"], again[0]["input_ids"])
+    assert abs(float(task.loss(teacher, batch, teacher).detach())) < 1e-4
+
+
+@pytest.fixture
+def small_vit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> vit.ViTTask:
+    """Two steps of training, in a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pictures, labels = vit.images()["training"]
+    few = {**vit.images(), "training": (pictures[:64], labels[:64])}
+    monkeypatch.setattr(vit, "images", lambda: few)
+    return vit.ViTTask(vit.Recipe(width=16, depth=1, hidden=32, epochs=2, batch_size=32))
+
+
+def test_vit_is_trained_once_and_the_same_each_time(
+    small_vit: vit.ViTTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = small_vit.model()
+    assert "training the ViT" in capsys.readouterr().err
+    files = list((tmp_path / "blast-search").iterdir())
+    assert [path.suffix for path in files] == [".safetensors"]
+    small_vit.model()
+    assert "training the ViT" not in capsys.readouterr().err
+    files[0].unlink()
+    second = small_vit.model()
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(first.parameters(), second.parameters(), strict=True)
+    )
+
+
+def test_damaged_vit_cache_is_named(small_vit: vit.ViTTask) -> None:
+    path = vit.trained_file(small_vit.recipe)
+    path.write_bytes(b"damaged")
+    with pytest.raises(IncompatibleInputError, match=path.name):
+        small_vit.model()
+
+
+def test_vit_task_works(small_vit: vit.ViTTask) -> None:
+    small_vit.batch_size = 32
+    assert isinstance(small_vit, Task)
+    model = small_vit.model()
+    assert model(small_vit.workload()).shape == (128, 10)
+    assert small_vit.workload().shape[0] * 16 >= 1000
+    assert 0 <= small_vit.evaluate(model) <= 1
+    batch = next(small_vit.train_batches(0))
+    loss = small_vit.loss(model, batch, small_vit.model())
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.ndim == 0
+
+
+def test_vit_counts_nan_as_wrong(small_vit: vit.ViTTask) -> None:
+    model = small_vit.model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    assert small_vit.evaluate(model) == 0
+
+
+def save_tiny(folder: Path, kind: str) -> str:
+    """A random two-layer model and a word tokenizer, saved as a user's folder would be."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {f"word{i}": i + 1 for i in range(99)} | {"[UNK]": 0}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]"
+    ).save_pretrained(folder)
+    sizes = {
+        "vocab_size": 100,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    model: nn.Module
+    if kind == "causal":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    else:
+        model = transformers.BertModel(transformers.BertConfig(**sizes))
+    model.save_pretrained(folder)  # type: ignore[operator]
+    return str(folder)
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_hugging_face_folder_is_a_task(tmp_path: Path, kind: str) -> None:
+    folder = save_tiny(tmp_path / "model", kind)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"word{i * i % 97} word{i % 89} word{i % 7}" for i in range(4000)))
+    task = load_task(f"hf:{folder}?text={text}")
+    assert isinstance(task, Task)
+    model, teacher = task.model(), task.model()
+    ids = [batch["input_ids"] for batch in task.calibration()]
+    assert ids[0].shape == (2, 64)
+    assert task.workload()["input_ids"].shape == (1, 128)
+    value = task.evaluate(model)
+    if kind == "causal":
+        assert task.metric == ("perplexity", False)
+        assert 50 < value < 200
+    else:
+        assert task.metric == ("feature_distance", False)
+        assert value == pytest.approx(0, abs=1e-5)
+    batch = next(task.train_batches(0))
+    assert float(task.loss(model, batch, teacher).detach()) == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        next(model.parameters()).mul_(-1)
+    assert float(task.loss(model, batch, teacher).detach()) > 1e-4
+
+
+@needs_transformers
+def test_no_such_hugging_face_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="hf download"):
+        load_task(f"hf:{tmp_path / 'none'}")
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_smollm2_perplexity() -> None:
+    task = smollm2.task()
+    model = task.model()
+    assert sum(batch["input_ids"].numel() for batch in task._evaluation) == 16 * 512
+    assert model(**task.workload()).logits.shape[:2] == (1, 128)
+    assert 14 < task.evaluate(model) < 18
