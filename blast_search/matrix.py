@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from blast_search.factorize import Factors
 
 # Tokens per pass on the CPU: z and w of one pass stay in the cache.
-CPU_CHUNK = 256
+CPU_CHUNK = 512
 
 
 def to_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:

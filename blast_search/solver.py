@@ -8,7 +8,10 @@ NSGA-II does not even reach the best uniform plan), so every per-layer choice is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,16 +69,17 @@ def solve(
         shape=(len(rows), len(flat)),
     )
     scale = loss.max() or 1.0  # HiGHS works with absolute tolerances
-    result = milp(
-        loss / scale,
-        integrality=np.ones(len(flat), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(cost[None, :] / budget_us, -np.inf, 1),
-        ],
-        options={"mip_rel_gap": GAP, "time_limit": time_limit_s},
-    )
+    with _silent_stdout():
+        result = milp(
+            loss / scale,
+            integrality=np.ones(len(flat), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(cost[None, :] / budget_us, -np.inf, 1),
+            ],
+            options={"mip_rel_gap": GAP, "time_limit": time_limit_s},
+        )
     if result.x is None:  # a feasible plan exists: the time limit struck before HiGHS found one
         chosen = {name: min(choices, key=lambda o: o.cost_us) for name, choices in options.items()}
         gap = float("inf")
@@ -90,14 +94,15 @@ def solve(
     )
 
 
-def evaluate(
-    options: Mapping[str, Mapping[Candidate, Option]], choices: Mapping[str, Candidate]
-) -> Solution | None:
-    """The predicted cost and loss of given choices; None if one was not measured or scored."""
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """HiGHS 1.12 prints a debugging line from C++ now and then; it would break --json."""
+    sys.stdout.flush()
+    saved = os.dup(1)
     try:
-        picked = [options[name][candidate] for name, candidate in choices.items()]
-    except KeyError:
-        return None
-    return Solution(
-        dict(choices), sum(o.cost_us for o in picked), sum(o.loss for o in picked), 0.0
-    )
+        with open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -15,7 +15,7 @@ from blast_search.matrix import to_dense
 SHAPES = [  # out_features, in_features, b, r
     (8, 8, 1, 3), (12, 8, 2, 1), (24, 48, 4, 5), (48, 24, 3, 7), (32, 64, 8, 9), (64, 32, 16, 2),
 ]  # fmt: skip
-INPUTS = [(1,), (7,), (2, 3), (0,), (300,), (2, 2, 2)]  # leading shapes; 300 > one CPU chunk
+INPUTS = [(1,), (7,), (2, 3), (0,), (600,), (2, 2, 2)]  # leading shapes; 600 > one CPU chunk
 
 
 def factors(m: int, n: int, b: int, r: int, dtype: torch.dtype = torch.float64):
