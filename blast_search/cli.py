@@ -244,34 +244,36 @@ def doctor(as_json: JsonOption = False) -> None:
         _emit(result)
 
 
-class Terminated(BaseException):
-    """SIGTERM, turned into an exception so that folders are left whole."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM.  Not KeyboardInterrupt: the libraries between would swallow that."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.exit_code = 128 + signum
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    raise Terminated
+def _stop(signum: int, frame: Any) -> None:
+    raise Stopped(signum)
 
 
 def run_guarded(command: Callable[[], Any]) -> int:
     """Run a command and turn every error a user can cause into a message and an exit code."""
     try:
         command()
-    except (KeyboardInterrupt, Terminated) as stop:
+    except Stopped as stop:
         typer.echo(
             "\nStopped. What was measured is on file: continue with --resume RUN.", err=True
         )
-        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+        return stop.exit_code
     except tuple(kind for kind, _ in EXIT_CODES) as error:
         typer.echo(f"error: {error}", err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
-    except typer.Exit as leave:
-        return leave.exit_code
     return 0
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Entry point; `blast-search --budget 0.3` means `blast-search search --budget 0.3`."""
-    arguments = sys.argv[1:]
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].startswith("-") and arguments[0] not in ("--help", "--version"):
         arguments.insert(0, "search")
     if arguments == ["--version"]:
@@ -279,16 +281,10 @@ def main() -> None:
 
         typer.echo(__version__)
         return
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(run_guarded(lambda: _invoke(arguments)))
-
-
-def _invoke(arguments: list[str]) -> None:
-    """Run the app; its own usage errors print themselves and exit with 2."""
-    status = app(arguments, standalone_mode=True)
-    if status:
-        raise typer.Exit(int(status))
+    sys.exit(run_guarded(lambda: app(arguments)))  # usage errors leave by SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from blast_search.engine import AIM, FINAL_SECONDS, Contender, Engine, Make
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.latency import Timing
-from blast_search.space import DENSE
+from blast_search.study import Storage
 
 FINAL_ROUNDS = 4
 
@@ -58,27 +58,30 @@ def decide(
     target: float,
     dense: Timing,
     trials: int,
-    storage: str,
+    storage: Storage,
     seed: int,
     expired: Callable[[], bool],
 ) -> Decision:
     """The best plan within `target`, never worse in true loss than a uniform plan within it."""
     baselines = uniform_contenders(engine, target)
     exact = engine.meet("exact", engine.exact, target)
+    make: Make = engine.exact
     if exact is None or not exact.feasible:
-        return Decision(_nearest(engine, exact, target), baselines, target, dense, 0, False)
-    pool: dict[str, tuple[Contender, Make]] = {"exact": (exact, engine.exact)}
+        exact, make = _fastest(engine, exact, target)
+        if not exact.feasible:
+            return Decision(exact, baselines, target, dense, 0, False)
+    pool: dict[str, tuple[Contender, Make]] = {"exact": (exact, make)}
     loss = engine.true_loss("exact", exact.choices)
     engine.note_point(f"exact {target:.2f}", target, exact.choices, loss)
     engine.evaluate_front(target, expired)
     done = 0
-    if trials and not engine.space.uniform and not _all_dense(exact):
+    if trials and not engine.space.uniform and not exact.all_dense:
         weights, done = engine.refine(target, trials, storage, seed, expired)
         if weights:
-            make: Make = lambda ratio: engine.exact(ratio, weights)  # noqa: E731
-            tuned = engine.meet("searched", make, target)
+            weighted: Make = lambda ratio: engine.exact(ratio, weights)  # noqa: E731
+            tuned = engine.meet("searched", weighted, target)
             if tuned and tuned.feasible:
-                pool["searched"] = (tuned, make)
+                pool["searched"] = (tuned, weighted)
     for contender in baselines.values():
         if contender.feasible:
             pool[contender.name] = (contender, lambda _, c=contender: c.choices)  # type: ignore[misc]
@@ -104,7 +107,11 @@ def uniform_contenders(engine: Engine, target: float) -> dict[str, Contender]:
     found = {}
     for key, (name, make) in makers.items():
         contender = engine.meet(name, make, target)
-        if contender and not _all_dense(contender):
+        if contender is None and key == "uniform_blast" and blocks:
+            # None is fast enough on this device: the fastest one is shown, over the budget.
+            choices = engine.fastest_uniform(blocks)
+            contender = engine.meet(name, lambda _, c=choices: c, target) if choices else None  # type: ignore[misc]
+        if contender and not contender.all_dense:
             found[key] = contender
             loss = engine.true_loss(name, contender.choices)
             blocks_used = max(c.num_blocks for c in contender.choices.values())
@@ -149,17 +156,15 @@ def _final(
     return decision
 
 
-def _nearest(engine: Engine, exact: Contender | None, target: float) -> Contender:
-    """The fastest plan there is, measured: what an infeasible budget gets."""
+def _fastest(engine: Engine, exact: Contender | None, target: float) -> tuple[Contender, Make]:
+    """The fastest plan there is, measured: the last resort, and what an infeasible budget gets."""
     choices = engine.fastest()
     (timing,) = engine.time("fastest", {"fastest": choices}, FINAL_SECONDS)
     ratio = engine.measured_ratio(choices, timing)
     fastest = Contender("fastest", choices, timing, ratio, ratio <= target)
-    return exact if exact is not None and exact.ratio < ratio else fastest
-
-
-def _all_dense(contender: Contender) -> bool:
-    return all(c == DENSE for c in contender.choices.values())
+    if exact is not None and exact.ratio < ratio:
+        fastest = exact
+    return fastest, lambda _: fastest.choices
 
 
 def infeasible(
@@ -167,7 +172,7 @@ def infeasible(
 ) -> InfeasibleBudgetError:
     """The error for a decision that does not meet its budget."""
     reachable = scope_ratio(scope, decision.winner.ratio, decision.dense, share)
-    if _all_dense(decision.winner):
+    if decision.winner.all_dense:
         reason = "no candidate is faster than dense on this device: keep this model dense"
     elif scope == "model" and decision.target <= 0:
         fixed = decision.dense.fixed_ms / decision.dense.dense_ms

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import median
 
 import torch
 from torch import nn
@@ -28,11 +29,11 @@ from blast_search.sensitivity import Scorer
 from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace
 from blast_search.tables import Option, ScoreTable, layer_options, undominated
 
-AIM = 0.985  # of the budget: room for the noise of the final measurement
-CLOSE = 0.965  # a plan that uses this much of its budget is close enough
+AIM = 0.975  # of the budget: room for the noise of the final measurement
+CLOSE = 0.94  # a plan that uses this much of its budget is close enough
 ROUNDS = 6
 TIMING_SECONDS = 8.0
-FINAL_SECONDS = 24.0
+FINAL_SECONDS = 40.0
 FRONT_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 Make = Callable[[float], Choices]  # predicted ratio -> choices; InfeasibleBudgetError if none
@@ -47,6 +48,10 @@ class Contender:
     timing: Timing
     ratio: float  # measured cost of the layers relative to dense, in the budget's scope
     feasible: bool
+
+    @property
+    def all_dense(self) -> bool:
+        return all(c.is_dense for c in self.choices.values())
 
 
 @dataclass
@@ -200,28 +205,37 @@ class Engine:
             raise InfeasibleBudgetError(f"no uniform plan reaches a ratio of {ratio:.3f}.")
         return min(found, key=lambda item: item[:2])[2]
 
+    def fastest_uniform(self, block_counts: Sequence[int]) -> Choices | None:
+        """The uniform plan of least predicted cost over block counts and `keep`."""
+        plans = [self.uniform(b, keep) for b in block_counts for keep in self.space.keep]
+        known = [(ratio, p) for p in plans if (ratio := self.predicted_ratio(p)) is not None]
+        return min(known, key=lambda item: item[0])[1] if known else None
+
     def meet(self, name: str, make: Make, target: float, aim: float = AIM) -> Contender | None:
         """Solve, build, time, correct, solve again, until the *measured* ratio meets `target`.
 
         Returns:
             The slowest plan within the target (the best use of the budget), else the fastest
-            one measured with feasible=False; None if nothing could be solved for.
+            one measured, with feasible=False; None if nothing could be solved for.
         """
-        best: Contender | None = None
-        nearest: Contender | None = None
-        correction = self.latency.correction
-        seen: set[str] = set()
+        with self.report.stage(f"build and time {name}", ROUNDS) as advance:
+            return self._meet(make, name, target, aim, advance)
+
+    def _meet(
+        self, make: Make, name: str, target: float, aim: float, advance: Callable[[], None]
+    ) -> Contender | None:
+        tried: dict[str, tuple[Contender, float]] = {}  # digest -> contender, uncorrected ratio
+        factors: list[float] = []  # measured / uncorrected prediction of every plan timed
         for _ in range(ROUNDS):
-            self.latency.correction = correction
+            advance()
             try:
                 choices = make(aim * target)
             except InfeasibleBudgetError:
                 break
             predicted = self.predicted_ratio(choices)
             assert predicted is not None
-            if digest(choices) in seen:  # measured already: no new evidence would come
+            if digest(choices) in tried:  # timed already: no new evidence would come
                 break
-            seen.add(digest(choices))
             (timing,) = self.time(name, {name: choices}, TIMING_SECONDS)
             measured = self.measured_ratio(choices, timing)
             self.rounds.append(
@@ -231,18 +245,32 @@ class Engine:
                 f"  {name}: predicted ratio {predicted:.3f}, measured {measured:.3f}"
             )
             contender = Contender(name, choices, timing, measured, measured <= target)
-            if contender.feasible and (best is None or measured > best.ratio):
-                best = contender
-            if nearest is None or measured < nearest.ratio:
-                nearest = contender
-            if not self.by_time or (contender.feasible and measured >= CLOSE * target):
+            plain = predicted / self.latency.correction if self.by_time else predicted
+            tried[digest(choices)] = (contender, plain)
+            if not self.by_time or contender.all_dense:
                 break
-            updated = correction * measured / predicted
-            if all(c.is_dense for c in choices.values()) or abs(updated / correction - 1) < 1e-3:
+            factors.append(measured / plain)
+            # The median over rounds: following each single timing would chase its noise.
+            self.latency.correction = min(max(median(factors), 0.2), 5.0)
+            estimate = self.latency.correction * plain
+            if CLOSE * target <= min(estimate, measured) <= max(estimate, measured) <= target:
                 break
-            correction = min(max(updated, 0.2), 5.0)
-        self.latency.correction = correction
-        return best or nearest
+        return self._best(list(tried.values()), target)
+
+    def _best(self, tried: list[tuple[Contender, float]], target: float) -> Contender | None:
+        """The slowest plan that is within the target by estimate and by its own timing.
+
+        Picking by single timings alone would favour plans whose timing was lucky.
+        """
+        correction = self.latency.correction if self.by_time else 1.0
+        feasible = [
+            (c, plain) for c, plain in tried if c.feasible and plain * correction <= target
+        ]
+        if feasible:
+            return max(feasible, key=lambda item: item[1])[0]
+        by_timing = [c for c, _ in tried if c.feasible]
+        everything = [c for c, _ in tried]
+        return min(by_timing or everything, key=lambda c: c.ratio, default=None)
 
     # ---- stages -------------------------------------------------------------------------
 
@@ -262,7 +290,12 @@ class Engine:
                 advance()
 
     def refine(
-        self, target: float, trials: int, storage: str, seed: int, expired: Callable[[], bool]
+        self,
+        target: float,
+        trials: int,
+        storage: study.Storage,
+        seed: int,
+        expired: Callable[[], bool],
     ) -> tuple[dict[str, float], int]:
         """Optuna over the weights of the score table; returns the best weights and the trials."""
         groups = study.parameter_groups(self.layers)

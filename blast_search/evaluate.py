@@ -7,7 +7,6 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from blast_search.batches import Batch, call_model, to_device
 from blast_search.errors import IncompatibleInputError, UsageError
@@ -137,6 +136,8 @@ def count_macs(model: nn.Module, workloads: Iterable[Workload]) -> float:
     PyTorch's counter knows matrix products and attention (its math form; the fused CPU form is
     not counted); 1 multiply-add = 1 MAC = 2 FLOPs.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton where installed
+
     total = 0.0
     for workload in workloads:
         batch = to_device(workload.batch, model)

@@ -16,7 +16,7 @@ from torch import nn
 
 from blast_search.apply import attach, final_modules, load, model_fingerprint, save
 from blast_search.decision import Decision, decide, infeasible, layer_target
-from blast_search.engine import FINAL_SECONDS, Contender, Engine, peak_memory_mb
+from blast_search.engine import FINAL_SECONDS, TIMING_SECONDS, Contender, Engine, peak_memory_mb
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.evaluate import (
     count_macs,
@@ -33,6 +33,7 @@ from blast_search.plan import FrontPoint, LayerPlan, Plan, pareto
 from blast_search.retrain import DEFAULT_STEPS, retrain
 from blast_search.runfolder import digest
 from blast_search.space import DENSE
+from blast_search.study import Storage
 
 if TYPE_CHECKING:
     from blast_search.pipeline import Pipeline
@@ -63,9 +64,13 @@ class Finish:
     def build(self, contender: Contender, plan: Plan) -> nn.Module:
         """A new model with the contender's layers, factors of final quality."""
         model = copy.deepcopy(self.prepared.model)
-        modules = final_modules(self.engine.fitter, contender.choices)
-        replaced = {n: m for n, m in modules.items() if not contender.choices[n].is_dense}
-        attach(model, self.prepared.layers, replaced, plan)
+        chosen = {name: c for name, c in contender.choices.items() if not c.is_dense}
+        modules: dict[str, nn.Module] = {}
+        with self.report.stage(f"factorise {contender.name}", len(chosen)) as advance:
+            for name, candidate in chosen.items():
+                modules |= final_modules(self.engine.fitter, {name: candidate})
+                advance()
+        attach(model, self.prepared.layers, modules, plan)
         return model
 
     def metric(self, contender: Contender, plan: Plan) -> float:
@@ -122,12 +127,16 @@ class Finish:
 
     def dense_timing(self) -> Timing:
         dense = {layer.name: DENSE for layer in self.prepared.layers}
-        return self.engine.time("dense", {"dense": dense}, FINAL_SECONDS)[0]
+        # Only scope "model" turns these two numbers into a target.
+        seconds = FINAL_SECONDS if self.settings.budget_scope == "model" else TIMING_SECONDS
+        return self.engine.time("dense", {"dense": dense}, seconds)[0]
 
     def decide(self) -> Decision:
         """The decision for a budget, or for --max-drop alone."""
         s, dense = self.settings, self.dense_timing()
-        storage = s.storage or f"sqlite:///{self.folder / 'study.db'}"
+        storage = Storage(f"sqlite:///{self.folder / 'study.db'}")
+        if s.storage:  # a database may hold the studies of many runs
+            storage = Storage(s.storage, f"{storage.study}-{self.folder.resolve().name}")
         if s.budget is not None:
             target = layer_target(s.budget_scope, s.budget, dense, self.share)
             return decide(
@@ -207,8 +216,7 @@ class Finish:
         since = time.monotonic()
         contenders = {"searched": decision.winner} | decision.baselines
         metrics = {key: self.metric(c, plan) for key, c in contenders.items()}
-        dense_wins = all(c.is_dense for c in decision.winner.choices.values())
-        steps = 0 if dense_wins else self.steps(decision.winner, len(contenders))
+        steps = 0 if decision.winner.all_dense else self.steps(decision.winner, len(contenders))
         after = {
             key: self.retrained(key, c, self.describe(decision, c), steps)
             for key, c in contenders.items()
@@ -364,7 +372,7 @@ class Finish:
     ) -> str:
         """One or two plain sentences."""
         winner = decision.winner
-        if all(c.is_dense for c in winner.choices.values()):
+        if winner.all_dense:
             return "Keep this model dense: no plan within the budgets is faster on this device."
         text = f"The plan came from the {winner.name} stage."
         if winner.name.startswith("uniform"):

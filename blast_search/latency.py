@@ -29,7 +29,7 @@ from blast_search.tables import Cell, LatencyTable, Measurement
 
 WARMUP = 3
 CELL_SECONDS = 0.25
-MIN_ROUNDS, MAX_ROUNDS = 12, 300
+MIN_ROUNDS, MAX_ROUNDS = 12, 200
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -79,11 +79,13 @@ def interleave(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
     prepare: Callable[[str], None] = lambda name: None,
+    best_of: int = 1,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, np.ndarray]:
     """Microseconds of every call, one sample per round: A B C, B C A, C A B, ...
 
-    `prepare(name)` runs untimed before each call.  Rounds go on for `seconds`, within the limits.
+    `prepare(name)` runs untimed before each contender's turn.  A sample is the faster of
+    `best_of` calls in a row.  Rounds go on for `seconds`, within the limits.
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -96,11 +98,14 @@ def interleave(
     while done < min_rounds or (done < max_rounds and clock() - started < seconds * 1e9):
         for name in names[done % len(names) :] + names[: done % len(names)]:
             prepare(name)
-            synchronize()
-            begin = clock()
-            calls[name]()
-            synchronize()
-            samples[name].append((clock() - begin) / 1e3)
+            turns = []
+            for _ in range(best_of):
+                synchronize()
+                begin = clock()
+                calls[name]()
+                synchronize()
+                turns.append((clock() - begin) / 1e3)
+            samples[name].append(min(turns))
         done += 1
     return {name: np.array(values) for name, values in samples.items()}
 
@@ -160,7 +165,8 @@ class Timing:
     """Measured whole-model latency of one variant against dense, in milliseconds and ratios.
 
     ratio_layers = (variant - fixed) / (dense - fixed), fixed being the time of the model with
-    its searched layers stubbed out.  ci95 are percentile bootstrap intervals over rounds.
+    its searched layers stubbed out.  Ratios are medians of the ratios of each round, in which
+    drift cancels; ci95 are percentile bootstrap intervals over rounds.
     """
 
     median_ms: float
@@ -203,10 +209,8 @@ def time_variants(
         for share in workloads:
             batch = to_device(share.batch, model)
 
-            def prepare(name: str, batch: Any = batch) -> None:
-                # One untimed call warms caches and allocator for the variant that is timed next.
+            def prepare(name: str) -> None:
                 set_modules(model, layers, sets[name])
-                call_model(model, batch)
 
             with torch.inference_mode():
                 times = interleave(
@@ -215,6 +219,9 @@ def time_variants(
                     seconds / len(workloads),
                     min_rounds,
                     prepare=prepare,
+                    # The first call after a swap warms caches; the faster one also sheds most
+                    # interruptions by other programs.
+                    best_of=2,
                 )
             rounds = min(map(len, [*times.values(), *total.values()]))
             for name, values in times.items():
@@ -228,25 +235,22 @@ def time_variants(
 
 def _timing(times: Mapping[str, np.ndarray], name: str) -> Timing:
     mine, dense, fixed = times[name], times["dense"], times["fixed"]
-    medians = {key: float(np.median(v)) for key, v in times.items()}
-    rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(mine), (500, len(mine)))
-    m, d, f = (np.median(values[picks], axis=1) for values in (mine, dense, fixed))
+    dense_ms, fixed_ms = float(np.median(dense)), float(np.median(fixed))
+    if dense_ms <= fixed_ms:
+        raise IncompatibleInputError(
+            f"the searched layers take no measurable time: dense {dense_ms:.3f} ms, everything "
+            f"outside them {fixed_ms:.3f} ms. Use a larger workload."
+        )
+    span = np.where(dense > fixed, dense - fixed, np.nan)  # a round upset by other load
+    layers, model = (mine - fixed) / span, mine / dense
+    picks = np.random.default_rng(0).integers(0, len(mine), (500, len(mine)))
 
     def interval(values: np.ndarray) -> tuple[float, float]:
-        low, high = np.percentile(values, (2.5, 97.5))
+        low, high = np.nanpercentile(np.nanmedian(values[picks], axis=1), (2.5, 97.5))
         return float(low), float(high)
 
-    span = medians["dense"] - medians["fixed"]
-    if span <= 0:
-        raise IncompatibleInputError(
-            f"the searched layers take no measurable time: dense {medians['dense']:.3f} ms, "
-            f"everything outside them {medians['fixed']:.3f} ms. Use a larger workload."
-        )
-    p10, p90 = np.percentile(mine, (10, 90))
+    p10, p50, p90 = (float(v) for v in np.percentile(mine, (10, 50, 90)))
     return Timing(
-        medians[name], float(p10), float(p90), len(mine), interval(m),
-        medians["dense"], medians["fixed"],
-        (medians[name] - medians["fixed"]) / span, interval((m - f) / np.maximum(d - f, 1e-9)),
-        medians[name] / medians["dense"], interval(m / d),
+        p50, p10, p90, len(mine), interval(mine), dense_ms, fixed_ms,
+        float(np.nanmedian(layers)), interval(layers), float(np.median(model)), interval(model),
     )  # fmt: skip

@@ -14,16 +14,24 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from blast_search.space import LayerSpec
 
 Evaluate = Callable[[Mapping[str, float]], tuple[float, float, dict[str, Any]] | None]
 
-NAME = "blast-search"
 RANGE = 1.5  # log2: a factor of up to 2.8 either way
 MAX_TYPES = 8
 DEPTH_BINS = 3
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a study lives: an Optuna storage URL and the study's name in it."""
+
+    url: str
+    study: str = "blast-search"
 
 
 def parameter_groups(layers: Sequence[LayerSpec]) -> dict[str, tuple[str, ...]]:
@@ -55,7 +63,7 @@ def refine(
     parameters: Sequence[str],
     evaluate: Evaluate,
     trials: int,
-    storage: str,
+    storage: Storage,
     seed: int,
     on_trial: Callable[[], None] = lambda: None,
     expired: Callable[[], bool] = lambda: False,
@@ -65,7 +73,6 @@ def refine(
     Args:
         evaluate: parameter values -> (true loss, latency ratio minus the budget's, attributes),
             or None where no plan fits.
-        storage: an Optuna storage URL.
     """
     import optuna
 
@@ -75,7 +82,7 @@ def refine(
     minimize = optuna.study.StudyDirection.MINIMIZE
     directions = [minimize, minimize]  # true loss, latency ratio
     stored = optuna.create_study(
-        study_name=NAME, storage=storage, directions=directions, load_if_exists=True
+        study_name=storage.study, storage=storage.url, directions=directions, load_if_exists=True
     )
     study = optuna.create_study(directions=directions)
     study.add_trials(stored.get_trials(deepcopy=False))
@@ -104,11 +111,11 @@ def refine(
     return finished
 
 
-def finished(storage: str) -> list[tuple[dict[str, float], float, dict[str, str]]]:
+def finished(storage: Storage) -> list[tuple[dict[str, float], float, dict[str, str]]]:
     """(parameter values, true loss, plan) of every completed trial, in order."""
     import optuna
 
-    trials = optuna.load_study(study_name=NAME, storage=storage).get_trials(
+    trials = optuna.load_study(study_name=storage.study, storage=storage.url).get_trials(
         deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]
     )
     return [(dict(t.params), float(t.values[0]), dict(t.user_attrs["plan"])) for t in trials]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-WIDTH = 96
+WIDTH = 192
 
 
 class Block(nn.Module):

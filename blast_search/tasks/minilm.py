@@ -74,7 +74,7 @@ class MiniLMTask:
 
     name = "minilm"
     metric = ("mrr", True)
-    train_steps = 300
+    train_steps = 150
     learning_rate = 5e-4
     batch_size = 64
 

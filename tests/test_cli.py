@@ -1,0 +1,247 @@
+"""The command line: the two-step user story, exit codes, and messages for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from blast_search import cli
+from blast_search.files import locked
+
+TOY = ["--task", "toy:task", "--workers", "local", "--space", "quick", "-q"]
+SMALL = [*TOY, "--trials", "2", "--retrain-steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _workplace(tmp_path: Path, monkeypatch, project: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(project / "tests"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as leave:
+        cli.main(list(arguments))
+    return int(leave.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, project_path=Path(__file__).parent) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    sys.path.insert(0, str(project_path))
+    assert call("--budget", "0.8", *SMALL, "--out", str(out)) == 0
+    return out
+
+
+def test_the_bare_command_is_a_search(run: Path):
+    assert (run / "plan.json").is_file()
+
+
+def test_json_on_stdout_is_one_object(tmp_path: Path, capfd):
+    arguments = [*SMALL, "--trials", "1", "--retrain-steps", "0", "--out", str(tmp_path / "r")]
+    assert call("search", "--budget", "0.9", "--json", *arguments) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["plan"]["measured"]["met_budget"] is True
+
+
+def test_pareto_and_another_plan_without_measuring(run: Path, capsys):
+    before = (run / "measured.csv").read_text()
+    assert call("pareto", str(run)) == 0
+    assert "searched *" in capsys.readouterr().out
+    assert call("pareto", str(run), "--at", "0.9", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["predicted"]["latency_ratio_layers"] <= 0.9
+    assert call("pareto", str(run), "--csv") == 0
+    assert capsys.readouterr().out.startswith("name,predicted_layer_latency_ratio")
+    assert call("pareto", str(run), "--plot", "front.png") == 0
+    assert Path("front.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "measured.csv").read_text() == before
+    assert call("pareto", str(run), "--at", "0.0001") == 3
+
+
+def test_apply_retrain_verify(run: Path, capsys):
+    assert call("apply", str(run / "plan.json"), "--out", "built", "-q") == 0
+    assert call("retrain", "built", "--steps", "2", "-q", "--out", "trained") == 0
+    assert call("verify", "trained", "--seconds", "1", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert 0 < result["latency_ratio_layers"] < 3
+    assert result["macs_ratio"] < 1
+    assert call("verify", str(run / "model"), "--seconds", "1") == 0
+
+
+def test_apply_by_model_function(run: Path):
+    Path("mymodel.py").write_text("import toy\n\ndef make():\n    return toy.Net()\n")
+    plan = str(run / "plan.json")
+    assert call("apply", plan, "--model", "mymodel:make", "--out", "m", "-q") == 0
+    assert call("apply", plan, "--model", "mymodel:none", "--out", "m", "-q") == 2
+
+
+def test_profile_dry_run_and_resume(tmp_path: Path, capsys):
+    folder = str(tmp_path / "p")
+    base = ["profile", *TOY]
+    assert call(*base, "--dry-run", "--json") == 0
+    forecast = json.loads(capsys.readouterr().out)
+    assert forecast["cells"] < forecast["cells_without_sharing"]
+    assert call(*base, "--out", folder, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["cells"] == forecast["cells"]
+    rows = Path(folder, "latency.csv").read_text()
+    assert call(*base, "--out", folder) == 0
+    assert Path(folder, "latency.csv").read_text() == rows
+    assert call(*base, "--out", folder, "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["cells_on_file"] == forecast["cells"]
+
+
+def test_config_file_and_overriding_flags(capsys):
+    Path("c.yaml").write_text("task: toy:task\nbudget: 7\nspace: quick\nworkers: local\n")
+    assert call("search", "--config", "c.yaml", "--dry-run") == 2
+    assert "budget is 7" in capsys.readouterr().err
+    assert call("search", "--config", "c.yaml", "--budget", "0.5", "--dry-run") == 0
+    Path("c.yaml").write_text("tusk: toy:task\n")
+    assert call("search", "--config", "c.yaml") == 4
+    assert "unknown key tusk" in capsys.readouterr().err
+
+
+def test_workload_option(capsys):
+    base = ["search", "--budget", "0.5", *TOY, "--dry-run", "--json", "--workload"]
+    assert call(*base, "prefill:2x32,decode:4x1@0.7") == 0
+    two = json.loads(capsys.readouterr().out)["cells"]
+    assert call(*base, "2x32") == 0
+    assert json.loads(capsys.readouterr().out)["cells"] * 2 == two
+    assert call(*base, "2by32") == 2
+
+
+def test_report_tasks_doctor_version(run: Path, capsys):
+    assert call("report", str(run), "--price-per-hour", "2.5") == 0
+    assert call("tasks") == 0
+    assert all(name in capsys.readouterr().out for name in ("minilm",))
+    assert call("tasks", "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["tasks"]) == {"minilm", "smollm2", "vit"}
+    assert call("doctor", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["noise"]["median_us"] > 0
+    cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+CASES = {
+    "budget above one": (["--budget", "1.5", *TOY], 2, "expected a fraction"),
+    "budget zero": (["--budget", "0", *TOY], 2, "budget is 0"),
+    "no budget": (["search", *TOY], 2, "give --budget"),
+    "not a number": (["--budget", "much", *TOY], 2, "much"),
+    "unknown option": (["--bugdet", "0.3"], 2, "bugdet"),
+    "unknown verb": (["serch"], 2, "serch"),
+    "unknown task": (["--budget", "0.3", "--task", "bert"], 2, "minilm"),
+    "no such function": (["--budget", "0.3", "--task", "toy:nothing"], 2, "nothing"),
+    "not a task": (["--budget", "0.3", "--task", "toy:not_a_task"], 2, "not_a_task"),
+    "unknown space": (["--budget", "0.3", "--task", "toy:task", "--space", "big"], 2, "default"),
+    "unknown scope": (["--budget", "0.3", "--budget-scope", "disk", *TOY], 2, "layers"),
+    "unknown dtype": (["--budget", "0.3", "--dtype", "int3", *TOY], 2, "float32"),
+    "unknown device": (["--budget", "0.3", "--device", "tpu", *TOY], 2, "cuda"),
+    "unknown workers": (["--budget", "0.3", *TOY, "--workers", "dask"], 2, "local"),
+    "broken yaml": (["--budget", "0.3", *TOY, "--space", "broken.yaml"], 4, "not valid YAML"),
+    "unknown key": (["--budget", "0.3", *TOY, "--space", "key.yaml"], 4, "unknown key 'blocks'"),
+    "impossible blocks": (["--budget", "0.3", *TOY, "--space", "seven.yaml"], 4, "divides none"),
+    "no linear layer": (["--budget", "0.3", *TOY, "--task", "toy:no_linear"], 4, "no Linear"),
+    "nan weights": (["--budget", "0.3", *TOY, "--task", "toy:nan_weights"], 4, "blocks.1.fc2"),
+    "bad workload": (
+        ["--budget", "0.3", *TOY, "--task", "toy:bad_workload"],
+        4,
+        "cannot be called",
+    ),
+    "resume nothing": (["--resume", "nowhere"], 2, "no run to resume"),
+    "pareto nowhere": (["pareto", "nowhere"], 2, "no run folder"),
+    "plan missing": (["apply", "none.json", "--out", "x"], 4, "does not exist"),
+    "plan a pickle": (["apply", "pickle.json", "--out", "x"], 4, "pickle.json"),
+    "plan truncated": (["apply", "cut.json", "--out", "x"], 4, "cut.json"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case: str, tmp_path: Path, capsys, run: Path):
+    Path("broken.yaml").write_text("num_blocks: [1, 2")
+    Path("key.yaml").write_text("blocks: [1]")
+    Path("seven.yaml").write_text("num_blocks: [7]")
+    Path("pickle.json").write_bytes(pickle.dumps({"a": 1}))
+    Path("cut.json").write_bytes((run / "plan.json").read_bytes()[:900])
+    arguments, code, text = CASES[case]
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    assert call(*arguments) == code
+    message = capsys.readouterr().err
+    assert text in message
+    assert "Traceback" not in message
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before, "something was written"
+
+
+def test_nan_in_calibration_data(capsys):
+    arguments = ["--budget", "0.3", *TOY, "--task", "toy:nan_calibration", "--out", "r"]
+    assert call(*arguments) == 4
+    assert "calibration batch 1 is not finite" in capsys.readouterr().err
+
+
+def test_edited_plan_and_plan_for_another_model(run: Path, capsys):
+    text = (run / "plan.json").read_text()
+    Path("edited.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+    assert call("apply", "edited.json", "--out", "x") == 4
+    assert "sha256" in capsys.readouterr().err
+    Path("other.py").write_text(
+        "import toy\n\nclass T(toy.ToyTask):\n    def model(self):\n"
+        "        return toy.Net(depth=1).eval()\n\ndef task():\n    return T()\n"
+    )
+    assert call("apply", str(run / "plan.json"), "--task", "other:task", "--out", "x") == 4
+    assert "another model" in capsys.readouterr().err
+
+
+def test_pickle_where_safetensors_is_expected(run: Path, capsys):
+    shutil.copytree(run / "model", "m")
+    Path("m/model.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    assert call("verify", "m") == 4
+    assert "never reads pickles" in capsys.readouterr().err
+
+
+def test_run_folder_in_use(run: Path, capsys):
+    with locked(run):
+        assert call("--resume", str(run), "-q") == 5
+    assert "in use" in capsys.readouterr().err
+
+
+def test_resume_takes_the_runs_own_options(run: Path, capsys):
+    assert call("--resume", str(run), "--budget", "0.4") == 2
+    assert "budget cannot change" in capsys.readouterr().err
+
+
+def test_unwritable_folder(capsys):
+    Path("file").write_text("")
+    assert call("--budget", "0.5", *SMALL, "--out", "file/run") == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_a_resumable_run(number, code, tmp_path: Path, project: Path):
+    env = os.environ | {"PYTHONPATH": f"{project}:{project / 'tests'}"}
+    command = [sys.executable, "-m", "blast_search.cli"]
+    process = subprocess.Popen(
+        [*command, "--budget", "0.8", *SMALL, "--out", "r"],
+        env=env, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not Path("r/latency.csv").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == code, message
+    assert "--resume" in message
+    assert "Traceback" not in message
+    done = subprocess.run([*command, "--resume", "r", "-q", "--workers", "local"], env=env)
+    assert done.returncode == 0

@@ -1,0 +1,183 @@
+"""Measuring with an injected clock, cells, workers (also real Ray), and whole-model timing."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from toy import Net, ToyTask
+
+from blast_search import workers
+from blast_search.errors import BlastSearchError, IncompatibleInputError, UsageError
+from blast_search.latency import (
+    cells_for,
+    environment,
+    fingerprint,
+    interleave,
+    measure_cell,
+    missing_cells,
+    time_variants,
+)
+from blast_search.latency_model import LatencyModel, error_statistics
+from blast_search.layers import Workload, find_layers, inventory
+from blast_search.space import DENSE, Call, Candidate, LayerSpec, SearchSpace
+from blast_search.tables import LatencyTable, Measurement
+
+SPACE = SearchSpace(num_blocks=(1, 2), keep=(0.2, 0.5))
+
+
+def test_interleave_rotates_prepares_and_counts():
+    log: list[str] = []
+    ticks = itertools.count(0, 1000)  # every reading of the clock is one microsecond later
+    times = interleave(
+        {"a": lambda: log.append("a"), "b": lambda: log.append("b")},
+        lambda: None, seconds=0, min_rounds=4, prepare=lambda name: log.append(f"prepare {name}"),
+        clock=lambda: next(ticks),
+    )  # fmt: skip
+    assert {k: v.tolist() for k, v in times.items()} == {"a": [1.0] * 4, "b": [1.0] * 4}
+    warm, timed = log[:12], log[12:]
+    assert warm == ["prepare a", "a"] * 3 + ["prepare b", "b"] * 3
+    assert [e for e in timed if "prepare" not in e] == list("abbaabba")
+
+
+def test_cells_are_shared_between_equal_layers():
+    task = ToyTask()
+    layers, _ = inventory(task.model(), [Workload("w", task.workload())], SPACE)
+    cells = cells_for(layers, SPACE, "d", torch.float32, "cpu")
+    assert len(layers) == 6
+    assert len({(c.out_features, c.in_features) for c in cells}) == 2
+    assert len(cells) == 2 * len(SPACE.candidates(layers[0]))
+    assert {c.kernel for c in cells} == {"dense", "lowrank", "numba"}
+
+
+def test_measure_cell_has_a_spread_and_a_twin():
+    layer = LayerSpec("a", 64, 64, True, (Call(8),))
+    for cell in cells_for([layer], SPACE, "d", torch.float32, "cpu"):
+        m = measure_cell(cell, "cpu", seconds=0.01)
+        assert 0 < m.p10_us <= m.median_us <= m.p90_us
+        assert m.runs >= 12
+        assert m.dense_us > 0
+        if cell.candidate.is_dense:
+            assert m.ratio == 1.0
+
+
+def test_resume_is_the_grid_minus_the_cells_on_file():
+    layer = LayerSpec("a", 64, 64, True, (Call(8),))
+    cells = cells_for([layer], SPACE, "d", torch.float32, "cpu")
+    table = LatencyTable("d", None, {cells[0]: None, cells[2]: None})
+    assert missing_cells(table, cells) == [cells[1], *cells[3:]]
+
+
+def test_fingerprint_changes_with_what_matters():
+    env = environment(torch.device("cpu"))
+    assert fingerprint(env) == fingerprint(dict(env))
+    assert fingerprint(env | {"threads": 99}) != fingerprint(env)
+    assert fingerprint(env | {"torch": "1.0"}) != fingerprint(env)
+    assert fingerprint(env | {"python": "9"}) == fingerprint(env)
+
+
+def run_cells(mode: str, count: int = 6):
+    layer = LayerSpec("a", 64, 64, True, (Call(8),))
+    cells = cells_for([layer], SearchSpace(), "d", torch.float32, "cpu")[:count]
+    seen: list[tuple[object, Measurement | None, str]] = []
+    workers.measure_cells(cells, "cpu", lambda *r: seen.append(r), mode)
+    return cells, seen
+
+
+def test_local_workers_report_failed_cells_and_go_on(monkeypatch):
+    real = workers.measure_cell
+
+    def fails_once(cell, device):
+        if cell.candidate == Candidate(1, 4):
+            raise RuntimeError("out of\nmemory")
+        return real(cell, device, seconds=0.01)
+
+    monkeypatch.setattr(workers, "measure_cell", fails_once)
+    cells, seen = run_cells("local")
+    assert [c for c, _, _ in seen] == cells
+    failed = [(c, m, s) for c, m, s in seen if s != "ok"]
+    assert [(c.candidate, m, s) for c, m, s in failed] == (
+        [(Candidate(1, 4), None, "failed: out of memory")]
+        if Candidate(1, 4) in [c.candidate for c in cells]
+        else []
+    )
+
+
+def test_ray_workers_measure_the_same_cells():
+    pytest.importorskip("ray")
+    cells, seen = run_cells("ray")
+    assert sorted(c.candidate for c, _, _ in seen) == sorted(c.candidate for c in cells)
+    assert all(status == "ok" and m and m.ratio > 0 for _, m, status in seen)
+
+
+def test_ray_address_where_nothing_listens_fails_in_seconds():
+    pytest.importorskip("ray")
+    layer = LayerSpec("a", 64, 64, True, (Call(8),))
+    cells = cells_for([layer], SPACE, "d", torch.float32, "cpu")
+    with pytest.raises(BlastSearchError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
+        workers.measure_cells(cells, "cpu", lambda *r: None, "ray", "127.0.0.1:9")
+
+
+def test_worker_modes():
+    assert workers.resolve("local") == "local"
+    with pytest.raises(UsageError, match="auto, ray, local"):
+        workers.resolve("dask")
+
+
+def table_for(layers, ratio: float) -> LatencyTable:
+    table = LatencyTable("d")
+    for cell in cells_for(layers, SPACE, "d", torch.float32, "cpu"):
+        r = 1.0 if cell.candidate.is_dense else ratio * cell.candidate.rank / 10
+        table.add(cell, Measurement(100 * r, 90 * r, 110 * r, 20, 100.0, r))
+    return table
+
+
+def test_latency_model_adds_corrects_and_interpolates():
+    layers = find_layers(Net())[:4]
+    model = LatencyModel(layers, table_for(layers, 0.5))
+    dense = {layer.name: DENSE for layer in layers}
+    assert model.ratio(dense) == pytest.approx(1.0)
+    low, high = (c for c in SPACE.candidates(layers[0]) if c.num_blocks == 1)
+    assert model.ratio(dense | {layers[0].name: low}) == pytest.approx(
+        (3 + 0.5 * low.rank / 10) / 4
+    )
+    middle = Candidate(1, (low.rank + high.rank) // 2)  # never measured
+    assert model.ratio(dense | {layers[0].name: middle}) == pytest.approx(
+        (3 + 0.5 * middle.rank / 10) / 4
+    )
+    model.correction = 1.2
+    assert model.ratio(dense) == pytest.approx(1.2)
+    assert model.ratio(dense | {layers[0].name: Candidate(16, 4)}) is None
+
+
+def test_error_statistics():
+    stats = error_statistics([(1.0, 1.0), (1.1, 1.0), (0.8, 1.0)])
+    assert stats["median"] == pytest.approx(0.1)
+    assert stats["worst"] == pytest.approx(0.2)
+    assert error_statistics([]) == {}
+
+
+def test_time_variants_restores_the_model_and_reports_ratios():
+    task = ToyTask()
+    model = task.model()
+    workloads = [Workload("a", task.workload()), Workload("b", task.data[:4], 0.5)]
+    layers, _ = inventory(model, workloads, SPACE)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    dense = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    timing = time_variants(model, layers, {"same": dense}, workloads, 0.2)["same"]
+    assert timing.runs >= 12
+    assert timing.fixed_ms < timing.dense_ms
+    assert timing.ci95_ms[0] <= timing.median_ms <= timing.ci95_ms[1]
+    assert 0.2 < timing.ratio_model < 5
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_layers_without_weight_in_time_are_reported():
+    import numpy as np
+
+    from blast_search.latency import _timing
+
+    flat = {name: np.ones(5) for name in ("dense", "fixed", "x")}
+    with pytest.raises(IncompatibleInputError, match="no measurable time"):
+        _timing(flat, "x")

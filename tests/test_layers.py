@@ -1,0 +1,181 @@
+"""What is found, what is left alone and why, and that swapping leaves no trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toy import NanWeights, Net, ToyTask
+
+from blast_search import BlastLinear, find_layers
+from blast_search.batches import divergence, output_tensor
+from blast_search.calibrate import collect_grams
+from blast_search.errors import IncompatibleInputError
+from blast_search.layers import Stub, Workload, get_modules, inventory, stubs, swapped
+from blast_search.space import Call, SearchSpace
+
+
+def found(model: nn.Module, batch, space: SearchSpace | None = None):
+    return inventory(model.eval(), [Workload("w", batch)], space or SearchSpace())
+
+
+def test_layers_heads_and_tokens():
+    task = ToyTask()
+    layers, skipped = found(task.model(), task.workload())
+    assert [layer.name for layer in layers][:2] == ["blocks.0.fc1", "blocks.0.fc2"]
+    assert all(layer.calls == (Call(32 * 16),) for layer in layers)
+    assert skipped == {"head": "output head"}
+    assert layers[0].shape == (384, 192)
+    assert layers[0].type_name == "blocks.fc1"
+
+
+def test_patterns_and_heads_can_be_searched():
+    task = ToyTask()
+    space = SearchSpace(include=("*.fc2", "head"), exclude=("blocks.1.*",), output_head=True)
+    layers, skipped = found(task.model(), task.workload(), space)
+    assert [layer.name for layer in layers] == ["blocks.0.fc2", "blocks.2.fc2", "head"]
+    assert skipped["blocks.1.fc2"] == "left out by include/exclude"
+
+
+def test_a_final_linear_is_a_head_even_behind_a_view():
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 6)
+
+        def forward(self, x):
+            return self.b(self.a(x)).view(-1, 2)
+
+    layers, skipped = found(Viewed(), torch.randn(3, 8))
+    assert [layer.name for layer in layers] == ["a"]
+    assert skipped == {"b": "output head"}
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.shared = nn.Linear(8, 8)
+        self.again = self.shared
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.right.weight = self.left.weight
+        self.unused = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 20, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.again(torch.relu(self.shared(self.embed(ids))))
+        return self.out(self.right(torch.relu(self.left(x)))).softmax(-1)
+
+
+def test_tied_shared_and_unused_layers():
+    model = Tied()
+    layers, skipped = found(model, torch.zeros(2, 5, dtype=torch.long))
+    assert [(layer.name, layer.aliases) for layer in layers] == [("shared", ("again",))]
+    assert layers[0].calls == (Call(10), Call(10))  # one module, called twice
+    assert skipped["left"] == "weight tied to right"
+    assert skipped["out"] == "weight tied to embed"
+    assert skipped["unused"] == "not called as a module by the workload"
+    with swapped(model, layers, {"shared": Stub(8)}):
+        assert model.shared is model.again
+        assert isinstance(model.again, Stub)
+    assert model.shared is model.again
+    assert isinstance(model.again, nn.Linear)
+
+
+def test_conv1d_is_found():
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    model = nn.Sequential(utils.Conv1D(12, 8), nn.ReLU(), nn.Linear(12, 4))
+    layers, _ = found(model, torch.randn(3, 8))
+    assert [(layer.name, layer.shape) for layer in layers] == [("0", (12, 8))]
+
+
+def test_plain_transformer_encoder_is_handled():
+    """PyTorch's fused path reads linear1.weight and would bypass a replaced layer."""
+    block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model = nn.Sequential(nn.TransformerEncoder(block, 2), nn.Linear(16, 3))
+    x = torch.randn(2, 5, 16)
+    layers, skipped = found(model, x)
+    assert [layer.name.rpartition(".")[2] for layer in layers] == ["linear1", "linear2"] * 2
+    assert "not called" in skipped["0.layers.0.self_attn.out_proj"]
+    with torch.no_grad():
+        before = model(x)
+        zero = {layers[0].name: BlastLinear(16, 32, 2, 3).eval()}
+        with swapped(model, layers, zero):
+            changed = model(x)
+            expected = zero[layers[0].name]
+            assert not torch.allclose(changed, before)
+            expected.bias.add_(1)
+            assert not torch.allclose(model(x), changed)  # the new layer is really called
+        torch.testing.assert_close(model(x), before)
+        assert model[0].layers[0].activation_relu_or_gelu == 1
+
+
+def test_a_model_that_cannot_be_called():
+    with pytest.raises(IncompatibleInputError, match=r"workload 'w'.*Expected a tensor"):
+        found(Net(), torch.zeros(2, 3, 5))
+
+
+def test_nan_weight_names_the_layer():
+    with pytest.raises(IncompatibleInputError, match=r"blocks\.1\.fc2.*NaN"):
+        found(NanWeights().model(), ToyTask().workload())
+
+
+def test_find_layers_without_workload():
+    assert [layer.name for layer in find_layers(Net())][-1] == "head"
+
+
+def test_grams_are_the_mean_outer_product_and_shared():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.o = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x, attention_mask=None):
+            return self.o(self.q(x) * self.k(x)) + 0
+
+    model = Shared().eval()
+    batches = [{"x": torch.randn(2, 3, 6), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}]
+    layers, _ = found(model, batches[0])
+    grams = collect_grams(model, layers, batches)
+    rows = batches[0]["x"][batches[0]["attention_mask"].bool()]
+    torch.testing.assert_close(grams["q"], rows.T @ rows / 3)
+    assert grams["q"] is grams["k"]
+    assert grams["o"] is not grams["q"]
+
+
+def test_calibration_with_nan_names_the_layer():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    layers, _ = found(model, torch.randn(2, 4))
+    with pytest.raises(IncompatibleInputError, match=r"layer 0: its input"):
+        collect_grams(model, layers, [torch.full((2, 4), float("nan"))])
+    with pytest.raises(IncompatibleInputError, match="gave no batch"):
+        collect_grams(model, layers, [])
+
+
+def test_stub_and_restore():
+    model = Net().eval()
+    layers = find_layers(model)
+    before = get_modules(model, layers)
+    with swapped(model, layers, stubs(layers)), torch.no_grad():
+        assert float(model(torch.randn(2, 3, 192)).abs().max()) == 0
+    assert get_modules(model, layers) == before
+
+
+def test_divergence():
+    class Output:
+        def __init__(self, logits):
+            self.logits = logits
+
+    a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    assert divergence(a, a, a) == 0
+    assert divergence(2 * a, a, a) == pytest.approx(1.0)
+    kl = divergence(Output(a), Output(b), None)
+    p, q = b.softmax(-1), a.softmax(-1)
+    assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    mask = {"attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}
+    c = b.clone()
+    c[0, 2], c[1] = 99, 99
+    assert divergence(c, b, mask) == 0  # padding does not count
+    with pytest.raises(IncompatibleInputError, match="without a tensor"):
+        output_tensor("text")

@@ -1,0 +1,211 @@
+"""The whole pipeline on a toy model: artefacts, guarantees, resume, kills."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from toy import ToyTask
+
+import blast_search as bs
+from blast_search.errors import InfeasibleBudgetError, RunLockedError, UsageError
+from blast_search.files import locked
+from blast_search.space import SearchSpace
+
+SPACE = SearchSpace(name="default", num_blocks=(1, 2), keep=(0.05, 0.1, 0.2, 0.35, 0.6))
+OPTIONS = {"space": SPACE, "workers": "local", "trials": 3, "retrain_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> bs.Run:
+    out = tmp_path_factory.mktemp("run") / "toy"
+    return bs.search(ToyTask(), budget=0.8, out=out, **OPTIONS)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_artefact_is_there(run: bs.Run):
+    names = {path.name for path in run.folder.iterdir()}
+    assert names >= {
+        "config.yaml", "environment.json", "layers.json", "latency.csv", "scores.csv", "study.db",
+        "front.csv", "plan.json", "plans", "model", "report.html", "report.md", "front.png",
+    }  # fmt: skip
+    assert {p.name for p in (run.folder / "model").iterdir()} == {"model.safetensors", "plan.json"}
+    assert not list(run.folder.rglob("*.pkl")) + list(run.folder.rglob("*.pt"))
+
+
+def test_plan_follows_the_contract(run: bs.Run):
+    plan = json.loads((run.folder / "plan.json").read_text())
+    assert plan["budget"] == {"value": 0.8, "scope": "layers", "max_drop": None}
+    measured = plan["measured"]
+    assert measured["met_budget"] is True
+    assert measured["latency_ratio_layers"] <= 0.8
+    assert set(measured["latency_ms"]) == {"median", "p10", "p90", "ci95", "runs"}
+    assert set(plan["predicted"]) >= {"latency_ms", "score_increase"}
+    metric = measured["metric"]
+    assert metric["name"] == "agreement"
+    assert None not in (metric["dense"], metric["compressed"], metric["retrained"])
+    assert set(plan["baselines"]) >= {"dense", "uniform_low_rank"}
+    assert plan["search"]["trials"] == 3
+    assert bs.Plan.load(run.folder).choices == run.plan.choices
+
+
+def test_the_saved_model_is_the_returned_one(run: bs.Run):
+    task = ToyTask()
+    again = bs.load(run.folder / "model", task.model)
+    x = task.workload()
+    with torch.no_grad():
+        assert torch.equal(again(x), run.model(x))
+    assert task.evaluate(again) == run.plan.measured["metric"]["retrained"]
+
+
+def test_never_worse_than_the_uniform_plan_in_true_loss(run: bs.Run):
+    front = {row["name"]: row for row in rows(run.folder / "front.csv")}
+    searched = float(front["searched"]["measured_loss"])
+    uniform = [row for name, row in front.items() if name.startswith("uniform")]
+    feasible = [u for u in uniform if float(u["predicted_layer_latency_ratio"]) <= 0.8 * 0.985]
+    assert uniform
+    assert all(searched <= float(u["measured_loss"]) + 1e-9 for u in feasible)
+
+
+def test_study_is_an_optuna_study(run: bs.Run):
+    import optuna
+
+    study = optuna.load_study(
+        study_name="blast-search", storage=f"sqlite:///{run.folder / 'study.db'}"
+    )
+    assert len(study.trials) == 3
+    first = study.trials[0]
+    assert set(first.params.values()) == {0.0}  # the exact plan comes first
+    assert first.constraints
+    assert all(value <= 0 for value in first.constraints.values())
+
+
+def test_resuming_a_finished_run_measures_nothing_and_keeps_the_plan(run: bs.Run, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder, copy)
+    (copy / "plan.json").unlink()
+    before = {name: (copy / name).read_text() for name in ("latency.csv", "probes.csv")}
+    again = bs.search(ToyTask(), budget=0.8, out=copy, resume=True, **OPTIONS)
+    assert again.plan.choices == run.plan.choices
+    assert {name: (copy / name).read_text() for name in before} == before
+
+
+def test_same_table_same_plan_with_ray_and_local(run: bs.Run, tmp_path: Path):
+    """Every measurement is on file: what is left is the search, whoever would have measured."""
+    plans = []
+    for workers in ("ray", "local"):
+        copy = tmp_path / workers
+        shutil.copytree(run.folder, copy)
+        (copy / "plan.json").unlink()
+        options = OPTIONS | {"workers": workers}
+        plans.append(bs.search(ToyTask(), budget=0.8, out=copy, resume=True, **options).plan)
+    assert plans[0].choices == plans[1].choices == run.plan.choices
+
+
+def test_a_folder_in_use_and_a_folder_with_a_run_are_refused(run: bs.Run):
+    with locked(run.folder), pytest.raises(RunLockedError):
+        bs.search(ToyTask(), budget=0.8, out=run.folder, resume=True, **OPTIONS)
+    with pytest.raises(UsageError, match="already holds a run"):
+        bs.search(ToyTask(), budget=0.8, out=run.folder, **OPTIONS)
+
+
+def test_infeasible_budget_writes_the_nearest_plan(tmp_path: Path):
+    out = tmp_path / "run"
+    with pytest.raises(InfeasibleBudgetError, match=r"smallest reachable budget is about 0\.\d+"):
+        bs.search(ToyTask(), budget=0.001, out=out, **OPTIONS)
+    plan = bs.Plan.load(out)
+    assert plan.measured["met_budget"] is False
+    assert (out / "report.html").is_file()
+
+
+def test_max_drop_that_cannot_be_kept_is_exit_three(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(
+        ToyTask, "evaluate", lambda self, m: float(type(m.blocks[0].fc1).__name__ == "Linear")
+    )
+    with pytest.raises(InfeasibleBudgetError, match="falls by 1"):
+        bs.search(
+            ToyTask(), budget=0.8, max_drop=0.5, out=tmp_path / "r", **(OPTIONS | {"trials": 0})
+        )
+    assert bs.Plan.load(tmp_path / "r").measured["met_budget"] is False
+
+
+def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
+    run = bs.search(ToyTask(), max_drop=1.0, out=tmp_path / "r", **OPTIONS)
+    assert run.plan.measured["latency_ratio_layers"] < 1
+    metric = run.plan.measured["metric"]
+    assert metric["dense"] - metric["retrained"] <= 1.0
+
+
+@pytest.mark.parametrize("scope", ["macs", "params", "model"])
+def test_other_scopes(scope: str, tmp_path: Path):
+    options = OPTIONS | {"trials": 0, "retrain_steps": 0}
+    run = bs.search(ToyTask(), budget=0.9, budget_scope=scope, out=tmp_path / scope, **options)
+    key = {"macs": "macs_ratio", "params": "params_ratio", "model": "latency_ratio_model"}[scope]
+    assert run.plan.measured[key] <= 0.9 + (0.02 if scope == "model" else 1e-9)
+
+
+def test_uniform_space_gives_uniform_plans(tmp_path: Path):
+    space = SearchSpace(name="default", num_blocks=(1, 2), keep=(0.1, 0.3), uniform=True)
+    options = OPTIONS | {"space": space, "retrain_steps": 0}
+    run = bs.search(ToyTask(), budget=0.9, out=tmp_path / "u", **options)
+    assert len({c.num_blocks for c in run.plan.choices.values()}) == 1
+
+
+def lines(path: Path) -> list[str]:
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+LOGS = ("latency.csv", "probes.csv", "measured.csv")
+
+
+@pytest.mark.slow
+def test_kill_nine_at_three_stages_repeats_no_measurement(tmp_path: Path, project: Path):
+    out = tmp_path / "run"
+    env = os.environ | {"PYTHONPATH": f"{project}:{project / 'tests'}"}
+    command = [sys.executable, "-m", "blast_search.cli", "search", "-q", "--workers", "local"]
+    start = ["--task", "toy:task", "--budget", "0.8", "--space", "quick", "--trials", "4",
+             "--retrain-steps", "3", "--out", str(out)]  # fmt: skip
+    stages = [("latency.csv", 5), ("probes.csv", 3), ("measured.csv", 5)]
+    for index, (name, count) in enumerate(stages):
+        arguments = start if index == 0 else ["--resume", str(out)]
+        process = subprocess.Popen([*command, *arguments], env=env, cwd=tmp_path)
+        deadline = time.monotonic() + 120
+        while len(lines(out / name)) <= count:
+            assert process.poll() is None, f"ended before {name} had {count} rows"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        before = {log: lines(out / log) for log in LOGS}
+        if index + 1 < len(stages):
+            continue
+    done = subprocess.run([*command, "--resume", str(out)], env=env, cwd=tmp_path)
+    assert done.returncode == 0
+    for log in LOGS:
+        after = lines(out / log)
+        assert after[: len(before[log])] == before[log], f"{log}: a finished row was lost"
+        keys = [line.split(",ok")[0].rsplit(",", 7)[0] if log == "latency.csv" else
+                ",".join(line.split(",")[:3] if log == "probes.csv" else line.split(",")[:2])
+                for line in after]  # fmt: skip
+        assert len(set(keys)) == len(keys), f"{log}: something was measured twice"
+    plan = bs.Plan.load(out)
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    (copy / "plan.json").unlink()
+    done = subprocess.run([*command, "--resume", str(copy)], env=env, cwd=tmp_path)
+    assert done.returncode == 0
+    assert bs.Plan.load(copy).choices == plan.choices
