@@ -30,6 +30,7 @@ from blast_search.tables import Cell, LatencyTable, Measurement
 WARMUP = 3
 CELL_SECONDS = 0.25
 MIN_ROUNDS, MAX_ROUNDS = 12, 200
+MODEL_ROUNDS = 60
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -218,6 +219,7 @@ def time_variants(
                     synchronizer(device),
                     seconds / len(workloads),
                     min_rounds,
+                    MODEL_ROUNDS,
                     prepare=prepare,
                     # The first call after a swap warms caches; the faster one also sheds most
                     # interruptions by other programs.

@@ -138,7 +138,7 @@ CASES = {
     "budget above one": (["--budget", "1.5", *TOY], 2, "expected a fraction"),
     "budget zero": (["--budget", "0", *TOY], 2, "budget is 0"),
     "no budget": (["search", *TOY], 2, "give --budget"),
-    "not a number": (["--budget", "much", *TOY], 2, "much"),
+    "not a number": (["--budget", "much", *TOY], 2, "--budget"),
     "unknown option": (["--bugdet", "0.3"], 2, "bugdet"),
     "unknown verb": (["serch"], 2, "serch"),
     "unknown task": (["--budget", "0.3", "--task", "bert"], 2, "minilm"),
