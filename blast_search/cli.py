@@ -145,9 +145,9 @@ def pareto(
     as_json: JsonOption = False,
 ) -> None:
     """The front as a table; --at picks another plan from what is on file."""
-    from blast_search import commands
+    from blast_search import saved
 
-    result = commands.pareto(run, at, out, plot, "json" if as_json else "csv" if csv else "table")
+    result = saved.pareto(run, at, out, plot, "json" if as_json else "csv" if csv else "table")
     if as_json:
         _emit(result)
 
@@ -164,9 +164,9 @@ def apply(
     quiet: QuietOption = False,
 ) -> None:
     """Build the compressed model of a plan."""
-    from blast_search import commands
+    from blast_search import saved
 
-    result = commands.apply(plan, out, task, model, _reporter(quiet, False))
+    result = saved.apply(plan, out, task, model, _reporter(quiet, False))
     if as_json:
         _emit(result)
 
@@ -182,9 +182,9 @@ def retrain(
     quiet: QuietOption = False,
 ) -> None:
     """Recover quality of an applied model."""
-    from blast_search import commands
+    from blast_search import saved
 
-    result = commands.retrain(folder, task, steps, out, seed, _reporter(quiet, False))
+    result = saved.retrain(folder, task, steps, out, seed, _reporter(quiet, False))
     if as_json:
         _emit(result)
 
@@ -198,9 +198,9 @@ def verify(
     quiet: QuietOption = False,
 ) -> None:
     """Measure quality and latency against dense, interleaved in one process."""
-    from blast_search import commands
+    from blast_search import saved
 
-    result = commands.verify(folder, task, seconds, _reporter(quiet, False), quiet or as_json)
+    result = saved.verify(folder, task, seconds, _reporter(quiet, False), quiet or as_json)
     if as_json:
         _emit(result)
 
@@ -212,8 +212,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html, report.md and front.png of a run again."""
-    from blast_search.commands import existing_run
     from blast_search.report import write_report
+    from blast_search.saved import existing_run
 
     write_report(existing_run(run), price_per_hour)
     if as_json:

@@ -1,59 +1,33 @@
-"""What the verbs of the command line do, with plain arguments and JSON results."""
+"""The verbs that measure: search, profile, doctor; plain arguments in, JSON values out."""
 
 from __future__ import annotations
 
-import csv
-import importlib
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from blast_search import apply as apply_plan
-from blast_search import load, pipeline, solver
-from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
-from blast_search.evaluate import (
-    Task,
-    count_macs,
-    count_params,
-    evaluate,
-    size_ratios,
-    workloads_of,
-)
-from blast_search.files import (
-    locked,
-    make_folder,
-    read_json,
-    read_rows,
-    read_yaml_mapping,
-    write_json,
-)
-from blast_search.latency import CELL_SECONDS, environment, fingerprint, interleave, time_variants
-from blast_search.layers import inventory
-from blast_search.plan import FrontPoint, LayerPlan, Plan
+from blast_search import pipeline
+from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.files import locked, make_folder, read_yaml_mapping, write_json
+from blast_search.latency import CELL_SECONDS, environment, interleave
 from blast_search.progress import Reporter
-from blast_search.retrain import retrain as retrain_model
+from blast_search.saved import console
 from blast_search.settings import Settings
-from blast_search.space import Call, LayerSpec, load_space
-from blast_search.tables import LatencyTable, ScoreTable, layer_options
+from blast_search.space import LayerSpec, load_space
+from blast_search.tables import LatencyTable
 from blast_search.tasks import load_task
 
 NOT_SETTINGS = (
     "workers", "ray_address", "out", "resume", "dry_run", "config", "as_json", "quiet", "verbose",
 )  # fmt: skip
 SETTING_NAMES = {f.name for f in fields(Settings)}
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 110)
 
 
 def search(
@@ -91,11 +65,11 @@ def search(
     if not silent:
         from blast_search.report import result_table, verdict
 
-        _console().print(result_table(run.plan))
+        console().print(result_table(run.plan))
         notice = verdict(run.plan)
-        _console().print(f"{notice.title} {notice.text}", markup=False)
-        _console().print(run.plan.search["verdict"], markup=False)
-        _console().print(f"{run.folder / 'report.html'}", markup=False)
+        console().print(f"{notice.title} {notice.text}", markup=False)
+        console().print(run.plan.search["verdict"], markup=False)
+        console().print(f"{run.folder / 'report.html'}", markup=False)
     return {"run": str(run.folder), "plan": run.plan.to_json()}
 
 
@@ -141,7 +115,7 @@ def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[
     }
     if not silent:
         for key, value in result.items():
-            _console().print(f"{key.replace('_', ' '):<28} {value}", markup=False)
+            console().print(f"{key.replace('_', ' '):<28} {value}", markup=False)
     return result
 
 
@@ -174,8 +148,8 @@ def profile(
         table = LatencyTable.open(folder / "latency.csv", prepared.fingerprint)
         pipeline.run_profile(prepared, table, workers, ray_address, report)
     if not silent:
-        _console().print(_latency_table(prepared.layers, table))
-        _console().print(f"{folder / 'latency.csv'}", markup=False)
+        console().print(_latency_table(prepared.layers, table))
+        console().print(f"{folder / 'latency.csv'}", markup=False)
     return {"folder": str(folder), "cells": len(table.cells), "environment": prepared.environment}
 
 
@@ -195,218 +169,6 @@ def _latency_table(layers: list[LayerSpec], table: LatencyTable) -> Table:
         text = "  ".join(f"{key} {ratio:.2f}" for ratio, key in ranked)
         view.add_row(f"{m} x {n}", str(len(members)), f"{dense:.0f}", text)
     return view
-
-
-def existing_run(run: Path) -> Path:
-    if not run.is_dir():
-        raise UsageError(f"{run} is no run folder. Check the path (results/<run>).")
-    return run
-
-
-def pareto(
-    run: Path, at: float | None, out: Path | None, plot: Path | None, form: str
-) -> dict[str, Any]:
-    """The front of a run; with `at`, a plan for another budget from the tables on file."""
-    existing_run(run)
-    result: dict[str, Any] = {}
-    if at is not None:
-        if not 0 < at <= 1:
-            raise UsageError(f"--at is {at:g}, expected a ratio above 0 and up to 1.")
-        plan = plan_at(run, at)
-        path = out or make_folder(run / "plans") / f"at-{at:g}.json"
-        plan.save(path)
-        result |= {"plan": str(path), "predicted": plan.predicted}
-        if form == "table":
-            ratio = plan.predicted["latency_ratio_layers"]
-            _console().print(
-                f"{path}: predicted layer latency ratio {ratio:.3f} (not measured yet: "
-                "`blast-search apply` and `verify` it)",
-                markup=False,
-            )
-    if not (run / "front.csv").is_file():
-        raise IncompatibleInputError(
-            f"{run} has no front.csv: the run is not finished. Continue it with --resume {run}."
-        )
-    rows = read_rows(run / "front.csv", FrontPoint.FIELDS)
-    if plot:
-        from blast_search.report import write_report
-
-        write_report(run)
-        plot.write_bytes((run / "front.png").read_bytes())
-    if form == "csv":
-        writer = csv.DictWriter(sys.stdout, FrontPoint.FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    elif form == "table" and at is None:
-        view = Table(title="evaluated plans (* on the front)")
-        for column in ("plan", "predicted layer ratio", "predicted loss", "measured loss"):
-            view.add_column(column)
-        for row in sorted(rows, key=lambda r: float(r["predicted_layer_latency_ratio"] or 1)):
-            name = row["name"] + (" *" if row["on_front"] == "1" else "")
-            values = (row[FrontPoint.FIELDS[1]], row[FrontPoint.FIELDS[3]], row["measured_loss"])
-            view.add_row(name, *(f"{float(v):.4f}" if v else "-" for v in values))
-        _console().print(view)
-    return result | {"front": rows}
-
-
-def plan_at(run: Path, ratio: float) -> Plan:
-    """The exact plan for another layer ratio, from latency.csv, scores.csv and plan.json."""
-    base = Plan.load(run / "plan.json")
-    layers = read_layers(run)
-    env = read_json(run / "environment.json")
-    table = LatencyTable.open(run / "latency.csv", fingerprint(env))
-    options = layer_options(layers, table, ScoreTable.read(run / "scores.csv"))
-    dense_us = sum(
-        max(o.cost_us for o in opts if o.candidate.is_dense) for opts in options.values()
-    )
-    correction = float(base.search.get("correction") or 1.0)
-    try:
-        solution = solver.solve(options, ratio / correction * dense_us)
-    except InfeasibleBudgetError:
-        smallest = solver.cheapest(options) / dense_us * correction
-        raise InfeasibleBudgetError(
-            f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}."
-        ) from None
-    reached = solution.cost_us / dense_us * correction
-    dense_ms = base.measured["dense_latency_ms"]
-    fixed_ms = base.measured["fixed_latency_ms"]
-    return replace(
-        base,
-        layers={ly.name: LayerPlan.of(ly, solution.choices[ly.name]) for ly in layers},
-        budget={"value": ratio, "scope": "layers", "max_drop": None},
-        predicted={
-            "latency_ms": fixed_ms + reached * (dense_ms - fixed_ms),
-            "latency_ratio_layers": reached,
-            "score_increase": solution.loss,
-        },
-        measured={},
-        baselines={},
-        search={"optimality_gap": solution.gap, "solver": base.search.get("solver", "")},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        weights_sha256="",
-    )
-
-
-def read_layers(run: Path) -> list[LayerSpec]:
-    """layers.json as LayerSpecs."""
-    path = run / "layers.json"
-    try:
-        return [
-            LayerSpec(
-                **(item | {"calls": tuple(Call(**c) for c in item["calls"])}
-                   | {"aliases": tuple(item["aliases"])})
-            )
-            for item in read_json(path)["layers"]
-        ]  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise IncompatibleInputError(f"{path} is damaged ({error}).") from error
-
-
-def _task_of(plan: Plan, task: str | None) -> Task:
-    spec = task or plan.task
-    if not spec:
-        raise UsageError("the plan names no task: give one with --task.")
-    return load_task(spec)
-
-
-def _factory(spec: str) -> Callable[[], nn.Module]:
-    """A function pkg.module:function that returns the dense model."""
-    module, _, name = spec.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--model {spec}: {error}. Expected pkg.module:function.") from error
-    if not callable(function):
-        raise UsageError(f"--model {spec} is not a function that returns the dense model.")
-    return function  # type: ignore[no-any-return]
-
-
-def apply(
-    plan_path: Path, out: Path, task: str | None, model: str | None, report: Reporter
-) -> dict[str, Any]:
-    """Build the compressed model of a plan; the task's calibration data shape its factors."""
-    from blast_search import save
-
-    plan = Plan.load(plan_path)
-    make_folder(out)
-    if model:
-        dense = _factory(model)()
-        calibration = list(load_task(task).calibration()) if task else None
-        if calibration is None:
-            report.say("no --task: factors without calibration data, which costs quality.")
-    else:
-        loaded = _task_of(plan, task)
-        dense, calibration = loaded.model(), list(loaded.calibration())
-    if not isinstance(dense, nn.Module):
-        raise UsageError(f"--model {model} returned {type(dense).__name__}, expected a Module.")
-    built = apply_plan(dense, plan, calibration)
-    save(built, out)
-    report.say(f"{out}: {sum(not c.is_dense for c in plan.choices.values())} layers replaced")
-    return {"folder": str(out), "layers": {n: c.key for n, c in plan.choices.items()}}
-
-
-def retrain(
-    folder: Path,
-    task: str | None,
-    steps: int | None,
-    out: Path | None,
-    seed: int,
-    report: Reporter,
-) -> dict[str, Any]:
-    """Train an applied model against its dense original and save it."""
-    from blast_search import save
-
-    plan = Plan.load(folder)
-    loaded = _task_of(plan, task)
-    model = load(folder, loaded.model)
-    before = evaluate(loaded, model)
-    losses = retrain_model(loaded, model, loaded.model(), steps, seed, report=report)
-    after = evaluate(loaded, model)
-    save(model, out or folder, plan)
-    report.say(f"{loaded.metric[0]}: {before:.4f} before, {after:.4f} after {len(losses)} steps")
-    metric = {"name": loaded.metric[0], "before": before, "after": after}
-    return {"folder": str(out or folder), "steps": len(losses), "metric": metric}
-
-
-def verify(
-    folder: Path, task: str | None, seconds: float, report: Reporter, silent: bool
-) -> dict[str, Any]:
-    """Quality, latency, parameters and MACs of a saved model against dense."""
-    plan = Plan.load(folder)
-    loaded = _task_of(plan, task)
-    model, dense = load(folder, loaded.model), loaded.model()
-    workloads = workloads_of(loaded)
-    everything = load_space("default")
-    layers = [
-        layer
-        for layer in inventory(dense, workloads, replace(everything, output_head=True))[0]
-        if layer.name in plan.layers
-    ]
-    replaced = {n: model.get_submodule(n) for n, c in plan.choices.items() if not c.is_dense}
-    timing = time_variants(dense, layers, {"plan": replaced}, workloads, seconds)["plan"]
-    macs, params = size_ratios(
-        layers, plan.choices, count_params(dense), count_macs(dense, workloads)
-    )
-    values = {"dense": evaluate(loaded, dense), "compressed": evaluate(loaded, model)}
-    result = {
-        "metric": {"name": loaded.metric[0]} | values,
-        "timing": asdict(timing),
-        "latency_ratio_layers": timing.ratio_layers,
-        "latency_ratio_model": timing.ratio_model,
-        "macs_ratio": macs,
-        "params_ratio": params,
-        "environment": environment(torch.device("cpu")),
-    }
-    if not silent:
-        view = Table(title=f"{folder}: measured, interleaved, {timing.runs} rounds")
-        for column in ("", loaded.metric[0], "layers", "model", "MACs", "parameters"):
-            view.add_column(column)
-        view.add_row("dense", f"{values['dense']:.4f}", *["1.000"] * 4)
-        ratios = (timing.ratio_layers, timing.ratio_model, macs, params)
-        view.add_row("plan", f"{values['compressed']:.4f}", *(f"{r:.3f}" for r in ratios))
-        _console().print(view)
-    return result
 
 
 def doctor(silent: bool) -> dict[str, Any]:
@@ -441,7 +203,7 @@ def doctor(silent: bool) -> dict[str, Any]:
         },
     }  # fmt: skip
     if not silent:
-        _console().print(yaml.safe_dump(result, sort_keys=False), markup=False)
+        console().print(yaml.safe_dump(result, sort_keys=False), markup=False)
         if result["noise"]["spread"] > 0.3:  # type: ignore[index]
-            _console().print("The timing is noisy: stop other programs before you measure.")
+            console().print("The timing is noisy: stop other programs before you measure.")
     return result

@@ -191,7 +191,7 @@ def _alternate(start: _State, sweep: Sweep, sweeps: int) -> _State:
         state = sweep(best, OMEGA)
         if not state.loss < best.loss:  # also NaN: rounding has the last word
             break
-        stalled = best.loss - state.loss < 1e-5 * state.loss
+        stalled = best.loss - state.loss < 1e-4 * state.loss
         best = state
         if stalled:
             break

@@ -13,11 +13,12 @@ from torch import nn
 
 from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
+from blast_search.describe import write_front
 from blast_search.engine import Engine
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task, evaluate, workloads_of
 from blast_search.files import locked, write_json, write_rows
-from blast_search.finish import Finish, write_front
+from blast_search.finish import Finish
 from blast_search.fitting import Fitter
 from blast_search.latency import cells_for, environment, fingerprint, missing_cells
 from blast_search.latency_model import LatencyModel

@@ -209,3 +209,31 @@ def test_kill_nine_at_three_stages_repeats_no_measurement(tmp_path: Path, projec
     done = subprocess.run([*command, "--resume", str(copy)], env=env, cwd=tmp_path)
     assert done.returncode == 0
     assert bs.Plan.load(copy).choices == plan.choices
+
+
+def test_the_best_plan_after_retraining_wins_within_the_budget():
+    """Rankings can flip in retraining; a plan over the budget can never win."""
+    from types import SimpleNamespace
+
+    from blast_search.engine import Contender
+    from blast_search.finish import Finish
+
+    def contender(name: str, feasible: bool) -> Contender:
+        return Contender(name, {}, None, 0.3, feasible)  # type: ignore[arg-type]
+
+    contenders = {
+        "searched": contender("searched", True),
+        "uniform_low_rank": contender("uniform low rank", True),
+        "uniform_blast": contender("uniform BLAST", False),
+    }
+    for higher, best in ((True, "uniform_low_rank"), (False, "searched")):
+        task = SimpleNamespace(metric=("m", higher))
+        finish = SimpleNamespace(prepared=SimpleNamespace(task=task))
+        values = {
+            "searched": 0.5,
+            "uniform_low_rank": 0.6,
+            "uniform_blast": 0.9 if higher else 0.1,
+        }
+        assert Finish.best(finish, contenders, values) == best  # type: ignore[arg-type]
+        tie = dict.fromkeys(contenders, 0.5)
+        assert Finish.best(finish, contenders, tie) == "searched"  # type: ignore[arg-type]

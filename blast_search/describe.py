@@ -1,0 +1,192 @@
+"""What is known of a decision, as the JSON values of plan.json and the rows of front.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from blast_search.apply import model_fingerprint
+from blast_search.decision import Decision
+from blast_search.engine import Contender, Engine, peak_memory_mb
+from blast_search.evaluate import describe_workloads, size_ratios
+from blast_search.files import write_rows
+from blast_search.latency_model import error_statistics
+from blast_search.plan import FrontPoint, LayerPlan, Plan, pareto
+from blast_search.space import DENSE
+
+if TYPE_CHECKING:
+    from blast_search.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Describer:
+    """Turns contenders of one run into plans with their evidence."""
+
+    pipeline: Pipeline
+    engine: Engine
+    params: int
+    macs: float
+
+    def plan(
+        self,
+        decision: Decision,
+        contender: Contender | None = None,
+        metrics: Mapping[str, float] | None = None,
+        after: Mapping[str, float] | None = None,
+        met: bool | None = None,
+    ) -> Plan:
+        """The plan of a contender (default: the winner) with all that is known of it."""
+        p, s, engine = self.pipeline.prepared, self.pipeline.settings, self.engine
+        metrics, after = metrics or {}, after or {}
+        chosen = contender or decision.winner
+        key = next((k for k, c in decision.baselines.items() if c is chosen), "searched")
+        dense = decision.dense
+        span = dense.dense_ms - dense.fixed_ms
+        ratio = engine.latency.ratio(chosen.choices, 1.0)
+        metric: dict[str, Any] = {
+            "name": p.task.metric[0],
+            "higher_is_better": p.task.metric[1],
+            "dense": self.pipeline.dense_metric,
+        }
+        baselines: dict[str, Any] = {
+            "dense": {
+                "description": "the model as it was",
+                "latency_ratio_layers": 1.0, "latency_ratio_model": 1.0,
+                "macs_ratio": 1.0, "params_ratio": 1.0, "metric": metric,
+            }
+        }  # fmt: skip
+        for name, c in decision.baselines.items():
+            baselines[name] = {"description": _uniform_text(c)} | self.measured(
+                c, metric | {"compressed": metrics.get(name), "retrained": after.get(name)}
+            )
+        measured = self.measured(
+            chosen, metric | {"compressed": metrics.get(key), "retrained": after.get(key)}
+        )
+        measured["met_budget"] = chosen.feasible if met is None else met
+        return Plan(
+            model={
+                "name": type(p.model).__name__,
+                "fingerprint": model_fingerprint(p.model),
+                "params": self.params,
+                "macs": self.macs,
+            },
+            layers={ly.name: LayerPlan.of(ly, chosen.choices[ly.name]) for ly in p.layers},
+            task=s.task,
+            workload=describe_workloads(p.workloads),
+            environment=p.environment,
+            budget={"value": s.budget, "scope": s.budget_scope, "max_drop": s.max_drop},
+            predicted={
+                "latency_ms": None if ratio is None else dense.fixed_ms + ratio * span,
+                "latency_ratio_layers": ratio,
+                "score_increase": engine.predicted_loss(chosen.choices),
+            },
+            measured=measured,
+            baselines=baselines,
+            search=self.evidence(decision) | {"verdict": self.verdict(chosen, metrics, after)},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def measured(self, c: Contender, metric: dict[str, Any]) -> dict[str, Any]:
+        """What was measured of a contender (plan.json, "measured")."""
+        t = c.timing
+        macs, params = size_ratios(
+            self.pipeline.prepared.layers, c.choices, self.params, self.macs
+        )
+        return {
+            "dense_latency_ms": t.dense_ms,
+            "fixed_latency_ms": t.fixed_ms,
+            "latency_ms": {
+                "median": t.median_ms, "p10": t.p10_ms, "p90": t.p90_ms,
+                "ci95": list(t.ci95_ms), "runs": t.runs,
+            },
+            "latency_ratio_layers": t.ratio_layers,
+            "latency_ratio_layers_ci95": list(t.ratio_layers_ci95),
+            "latency_ratio_model": t.ratio_model,
+            "latency_ratio_model_ci95": list(t.ratio_model_ci95),
+            "macs_ratio": macs,
+            "params_ratio": params,
+            "metric": metric,
+        }  # fmt: skip
+
+    def evidence(self, decision: Decision) -> dict[str, Any]:
+        """How the search went: gap, trials, additivity, prediction errors (plan.json)."""
+        known = [(q.predicted_loss, q.loss) for q in self.engine.points if q.loss]
+        additivity: dict[str, Any] = {}
+        if len(known) >= 5:
+            predicted, true = np.array(known).T
+            rank = float(spearmanr(predicted, true).statistic)
+            additivity = {
+                "plans": len(known),
+                "rank_correlation": None if np.isnan(rank) else rank,
+                "slope": float((predicted * true).sum() / max((predicted**2).sum(), 1e-12)),
+            }
+        first = [r for r in self.engine.rounds if r["plan"] != "dense"]
+        pairs = [
+            (float(str(r["predicted_ratio"])), float(str(r["measured_ratio"]))) for r in first
+        ]
+        return {
+            "optimality_gap": self.engine.gap,
+            "solver": "HiGHS branch and bound (scipy.optimize.milp)",
+            "trials": decision.trials,
+            "seed": self.pipeline.settings.seed,
+            "seconds": dict(self.pipeline.seconds),
+            "peak_memory_mb": round(peak_memory_mb(self.pipeline.prepared.device), 1),
+            "correction": self.engine.latency.correction,
+            "target_layer_ratio": decision.target,
+            "rounds": self.engine.rounds,
+            "latency_error": dict(error_statistics(pairs)),
+            "additivity": additivity,
+        }
+
+    def verdict(
+        self, chosen: Contender, metrics: Mapping[str, float], after: Mapping[str, float]
+    ) -> str:
+        """Where the plan came from, in one plain sentence."""
+        if chosen.all_dense:
+            return "Keep this model dense: no plan within the budgets is faster on this device."
+        if chosen.name.startswith("uniform"):
+            when = "after" if after else "before"
+            values = after or metrics
+            found = f", {when} retraining {values['searched']:.4f}" if "searched" in values else ""
+            return f"No searched plan{found} beat the {chosen.name} plan, so that one was taken."
+        return f"The plan came from the {chosen.name} stage of the search."
+
+
+def write_front(folder: Path, points: list[FrontPoint]) -> None:
+    """front.csv: every evaluated plan, and whether it is on the front."""
+    front = {id(point) for point in pareto(points)}
+    rows = [
+        dict(
+            zip(
+                FrontPoint.FIELDS,
+                (
+                    q.name,
+                    "" if q.latency_measured else f"{q.latency_ratio:.5f}",
+                    f"{q.latency_ratio:.5f}" if q.latency_measured else "",
+                    f"{q.predicted_loss:.6g}",
+                    "" if q.loss is None else f"{q.loss:.6g}",
+                    int(id(q) in front),
+                ),
+                strict=True,
+            )
+        )
+        for q in points
+    ]
+    write_rows(folder / "front.csv", FrontPoint.FIELDS, rows)
+
+
+def _uniform_text(contender: Contender) -> str:
+    """What a uniform plan is, in words."""
+    kinds = sorted({(c.num_blocks, c.rank) for c in contender.choices.values() if c != DENSE})
+    blocks = sorted({b for b, _ in kinds})
+    ranks = [r for _, r in kinds]
+    dense = sum(c == DENSE for c in contender.choices.values())
+    text = f"b = {', '.join(map(str, blocks))}, one parameter fraction, ranks {min(ranks)}"
+    text += f" to {max(ranks)}" if max(ranks) > min(ranks) else ""
+    return text + (f", {dense} layers dense" if dense else "")
