@@ -149,7 +149,7 @@ class Engine:
         """What the solver may choose; never a candidate that is slower than dense."""
         options = layer_options(self.layers, self.latency.table, self.scores)
         if self.by_time:
-            return options
+            return corrected(options, self.latency.correction)
         return {
             ly.name: undominated(
                 [replace(o, cost_us=self.size(ly, o.candidate)) for o in options[ly.name]]
@@ -162,7 +162,7 @@ class Engine:
         if self.space.uniform:
             return self.best_uniform(ratio, self.space.num_blocks)
         if self.by_time:
-            budget = ratio / self.latency.correction * self.latency.dense_us
+            budget = ratio * self.latency.dense_us
         else:
             budget = ratio * sum(self.size(layer, DENSE) for layer in self.layers)
         solution = solver.solve(self.options(), budget, weights)
@@ -224,8 +224,8 @@ class Engine:
     def _meet(
         self, make: Make, name: str, target: float, aim: float, advance: Callable[[], None]
     ) -> Contender | None:
-        tried: dict[str, tuple[Contender, float]] = {}  # digest -> contender, uncorrected ratio
-        factors: list[float] = []  # measured / uncorrected prediction of every plan timed
+        tried: dict[str, Contender] = {}
+        factors: list[float] = []  # the correction that each timed plan asks for
         for _ in range(ROUNDS):
             advance()
             try:
@@ -245,32 +245,28 @@ class Engine:
                 f"  {name}: predicted ratio {predicted:.3f}, measured {measured:.3f}"
             )
             contender = Contender(name, choices, timing, measured, measured <= target)
-            plain = predicted / self.latency.correction if self.by_time else predicted
-            tried[digest(choices)] = (contender, plain)
+            tried[digest(choices)] = contender
             if not self.by_time or contender.all_dense:
                 break
-            factors.append(measured / plain)
+            factors.append(self.latency.factor(choices, measured))
             # The median over rounds: following each single timing would chase its noise.
             self.latency.correction = min(max(median(factors), 0.2), 5.0)
-            estimate = self.latency.correction * plain
+            estimate = self.predicted_ratio(choices) or measured
             if CLOSE * target <= min(estimate, measured) <= max(estimate, measured) <= target:
                 break
         return self._best(list(tried.values()), target)
 
-    def _best(self, tried: list[tuple[Contender, float]], target: float) -> Contender | None:
+    def _best(self, tried: list[Contender], target: float) -> Contender | None:
         """The slowest plan that is within the target by estimate and by its own timing.
 
         Picking by single timings alone would favour plans whose timing was lucky.
         """
-        correction = self.latency.correction if self.by_time else 1.0
-        feasible = [
-            (c, plain) for c, plain in tried if c.feasible and plain * correction <= target
-        ]
-        if feasible:
-            return max(feasible, key=lambda item: item[1])[0]
-        by_timing = [c for c, _ in tried if c.feasible]
-        everything = [c for c, _ in tried]
-        return min(by_timing or everything, key=lambda c: c.ratio, default=None)
+        estimates = [(self.predicted_ratio(c.choices) or c.ratio, c) for c in tried]
+        within = [(ratio, c) for ratio, c in estimates if c.feasible and ratio <= target]
+        if within:
+            return max(within, key=lambda item: item[0])[1]
+        feasible = [c for c in tried if c.feasible]
+        return min(feasible or tried, key=lambda c: c.ratio, default=None)
 
     # ---- stages -------------------------------------------------------------------------
 
@@ -322,6 +318,16 @@ class Engine:
             if loss < best[0]:
                 best = (loss, study.weights(self.layers, groups, values))
         return best[1], count
+
+
+def corrected(options: Mapping[str, list[Option]], factor: float) -> dict[str, list[Option]]:
+    """Options whose replaced layers take `factor` times their cells; dense ones as they are."""
+    return {
+        name: undominated(
+            [o if o.candidate.is_dense else replace(o, cost_us=o.cost_us * factor) for o in items]
+        )
+        for name, items in options.items()
+    }
 
 
 def _timing(value: Mapping[str, object]) -> Timing:

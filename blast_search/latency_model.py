@@ -1,9 +1,9 @@
 """Whole-model latency of a plan, predicted from cells and corrected by measurement.
 
-    layer ratio = correction * sum of cells / sum of dense cells
+    layer ratio = (cells left dense + correction * cells replaced) / all cells dense
 
-Cells are timed alone, with warm caches; inside a model the same layers take somewhat more or
-less.  The correction is fitted to measured whole models of the same kind of plan.
+Cells are timed alone, with warm caches; inside a model, replaced layers take somewhat more or
+less beside dense ones.  The correction is fitted to measured whole models of one kind of plan.
 """
 
 from __future__ import annotations
@@ -38,11 +38,29 @@ class LatencyModel:
 
     def ratio(self, choices: Choices, correction: float | None = None) -> float | None:
         """Corrected layer latency ratio; None if a block count of the plan was never measured."""
-        parts = [self._cost(layer.name, choices.get(layer.name, DENSE)) for layer in self.layers]
-        if any(part is None for part in parts):
+        parts = self.parts(choices)
+        if parts is None:
             return None
-        total = sum(part for part in parts if part is not None)
-        return (self.correction if correction is None else correction) * total / self.dense_us
+        return parts[0] + (self.correction if correction is None else correction) * parts[1]
+
+    def parts(self, choices: Choices) -> tuple[float, float] | None:
+        """Uncorrected shares of the dense time: of layers left dense, of replaced layers."""
+        kept = replaced = 0.0
+        for layer in self.layers:
+            candidate = choices.get(layer.name, DENSE)
+            cost = self._cost(layer.name, candidate)
+            if cost is None:
+                return None
+            if candidate.is_dense:
+                kept += cost
+            else:
+                replaced += cost
+        return kept / self.dense_us, replaced / self.dense_us
+
+    def factor(self, choices: Choices, measured: float) -> float:
+        """The correction that would have predicted a measured ratio exactly."""
+        kept, replaced = self.parts(choices) or (0.0, 1.0)
+        return (measured - kept) / replaced if replaced > 0 else 1.0
 
     def _cost(self, name: str, candidate: Candidate) -> float | None:
         costs = self.costs(name)

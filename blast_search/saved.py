@@ -17,6 +17,7 @@ from torch import nn
 
 from blast_search import apply as apply_plan
 from blast_search import load, save, solver
+from blast_search.engine import corrected
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
 from blast_search.evaluate import (
     Task,
@@ -105,14 +106,15 @@ def plan_at(run: Path, ratio: float) -> Plan:
         max(o.cost_us for o in opts if o.candidate.is_dense) for opts in options.values()
     )
     correction = float(base.search.get("correction") or 1.0)
+    options = corrected(options, correction)
     try:
-        solution = solver.solve(options, ratio / correction * dense_us)
+        solution = solver.solve(options, ratio * dense_us)
     except InfeasibleBudgetError:
-        smallest = solver.cheapest(options) / dense_us * correction
+        smallest = solver.cheapest(options) / dense_us
         raise InfeasibleBudgetError(
             f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}."
         ) from None
-    reached = solution.cost_us / dense_us * correction
+    reached = solution.cost_us / dense_us
     dense_ms = base.measured["dense_latency_ms"]
     fixed_ms = base.measured["fixed_latency_ms"]
     return replace(

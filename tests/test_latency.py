@@ -146,8 +146,10 @@ def test_latency_model_adds_corrects_and_interpolates():
     assert model.ratio(dense | {layers[0].name: middle}) == pytest.approx(
         (3 + 0.5 * middle.rank / 10) / 4
     )
-    model.correction = 1.2
-    assert model.ratio(dense) == pytest.approx(1.2)
+    plan = dense | {layers[0].name: low}
+    model.correction = model.factor(plan, 0.9)  # what a measured ratio of 0.9 asks for
+    assert model.ratio(plan) == pytest.approx(0.9)
+    assert model.ratio(dense) == pytest.approx(1.0)  # layers left dense need no correction
     assert model.ratio(dense | {layers[0].name: Candidate(16, 4)}) is None
 
 

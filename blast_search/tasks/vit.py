@@ -1,7 +1,9 @@
 """Built-in task `vit`: a small vision transformer on Fashion-MNIST.
 
-The model is trained once, from a fixed seed, and kept in the cache folder.  It is narrow and deep
-on purpose: its accuracy answers to capacity, so that compression that loses something shows.
+The model is trained once, from a fixed seed, and kept in the cache folder.  It is small on
+purpose: plain SVD that keeps a tenth of its parameters costs it 3.6 points of accuracy, so what a
+plan loses shows.  (Tried: 64 wide and 8 deep.  It answers to capacity more strongly, 10 points at
+0.3, but on a CPU its layers are too small to get faster: no plan reached 0.6 of their latency.)
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ AUGMENTATION = "shift 1"  # what augmented_batches does
 class Recipe:
     """Shape and training of the model; a change of any field trains it anew."""
 
-    width: int = 64
-    depth: int = 8
+    width: int = 192
+    depth: int = 3
     heads: int = 4
     patch: int = 7
-    hidden: int = 256
-    epochs: int = 12
+    hidden: int = 768
+    epochs: int = 6
     batch_size: int = 128
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
@@ -177,7 +179,7 @@ class ViTTask:
 
     name = "vit"
     metric = ("accuracy", True)
-    train_steps = 300
+    train_steps = 200
     learning_rate = 1e-3
     batch_size = 128
 
@@ -225,13 +227,16 @@ class ViTTask:
         return augmented_batches(seed, self.batch_size)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], teacher: nn.Module) -> Tensor:
-        """KL(teacher || model) plus the cross entropy with the labels, in nats per image."""
-        pictures, labels = batch
+        """KL(teacher || model) in nats per image.
+
+        No label term: it would train the short-trained teacher's pupil past its teacher, and
+        hide what the compression cost.
+        """
+        pictures, _ = batch
         with torch.no_grad():
             wanted = teacher(to_device(pictures, teacher)).float().log_softmax(-1)
         found = model(to_device(pictures, model)).float().log_softmax(-1)
-        divergence = functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
-        return divergence + functional.nll_loss(found, labels.to(found.device))
+        return functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
 
 
 def task() -> ViTTask:
