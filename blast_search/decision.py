@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from blast_search.engine import AIM, FINAL_SECONDS, Contender, Engine, Make
+from blast_search.closed_loop import Make, meet
+from blast_search.engine import AIM, Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.latency import Timing
 from blast_search.study import Storage
 
 FINAL_ROUNDS = 4
+FINAL_SECONDS = 40.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def decide(
 ) -> Decision:
     """The best plan within `target`, never worse in true loss than a uniform plan within it."""
     baselines = uniform_contenders(engine, target)
-    exact = engine.meet("exact", engine.exact, target)
+    exact = meet(engine, "exact", engine.exact, target)
     make: Make = engine.exact
     if exact is None or not exact.feasible:
         exact, make = _fastest(engine, exact, target)
@@ -72,14 +74,14 @@ def decide(
             return Decision(exact, baselines, target, dense, 0, False)
     pool: dict[str, tuple[Contender, Make]] = {"exact": (exact, make)}
     loss = engine.true_loss("exact", exact.choices)
-    engine.note_point(f"exact {target:.2f}", target, exact.choices, loss)
+    engine.note_point(f"exact {target:.2f}", exact.choices, loss)
     engine.evaluate_front(target, expired)
     done = 0
     if trials and not engine.space.uniform and not exact.all_dense:
         weights, done = engine.refine(target, trials, storage, seed, expired)
         if weights:
             weighted: Make = lambda ratio: engine.exact(ratio, weights)  # noqa: E731
-            tuned = engine.meet("searched", weighted, target)
+            tuned = meet(engine, "searched", weighted, target)
             if tuned and tuned.feasible:
                 pool["searched"] = (tuned, weighted)
     for contender in baselines.values():
@@ -106,16 +108,16 @@ def uniform_contenders(engine: Engine, target: float) -> dict[str, Contender]:
     }
     found = {}
     for key, (name, make) in makers.items():
-        contender = engine.meet(name, make, target)
+        contender = meet(engine, name, make, target)
         if contender is None and key == "uniform_blast" and blocks:
             # None is fast enough on this device: the fastest one is shown, over the budget.
             choices = engine.fastest_uniform(blocks)
-            contender = engine.meet(name, lambda _, c=choices: c, target) if choices else None  # type: ignore[misc]
+            contender = meet(engine, name, lambda _, c=choices: c, target) if choices else None  # type: ignore[misc]
         if contender and not contender.all_dense:
             found[key] = contender
             loss = engine.true_loss(name, contender.choices)
             blocks_used = max(c.num_blocks for c in contender.choices.values())
-            engine.note_point(f"uniform b{blocks_used}", target, contender.choices, loss)
+            engine.note_point(f"uniform b{blocks_used}", contender.choices, loss)
     engine.latency.correction = 1.0
     return found
 
@@ -149,7 +151,7 @@ def _final(
             return decision
         engine.report.detail(f"  final timing {winner.ratio:.3f} is over {target:.3f}: tightening")
         aim *= min(0.99, target / winner.ratio)
-        again = engine.meet(winner.name, make, target, aim)
+        again = meet(engine, winner.name, make, target, aim)
         if again is None:
             break
         winner = again

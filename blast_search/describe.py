@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 from blast_search.apply import model_fingerprint
 from blast_search.decision import Decision
-from blast_search.engine import Contender, Engine, peak_memory_mb
+from blast_search.engine import Contender, Engine
 from blast_search.evaluate import describe_workloads, size_ratios
 from blast_search.files import write_rows
 from blast_search.latency_model import error_statistics
@@ -190,3 +191,12 @@ def _uniform_text(contender: Contender) -> str:
     text = f"b = {', '.join(map(str, blocks))}, one parameter fraction, ranks {min(ranks)}"
     text += f" to {max(ranks)}" if max(ranks) > min(ranks) else ""
     return text + (f", {dense} layers dense" if dense else "")
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process so far: GPU memory on CUDA, else resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

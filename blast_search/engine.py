@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from statistics import median
 
-import torch
 from torch import nn
 
 from blast_search import solver, study
@@ -30,13 +28,7 @@ from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace
 from blast_search.tables import Option, ScoreTable, layer_options, undominated
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
-CLOSE = 0.94  # a plan that uses this much of its budget is close enough
-ROUNDS = 6
-TIMING_SECONDS = 8.0
-FINAL_SECONDS = 40.0
 FRONT_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-
-Make = Callable[[float], Choices]  # predicted ratio -> choices; InfeasibleBudgetError if none
 
 
 @dataclass(frozen=True)
@@ -105,11 +97,30 @@ class Engine:
 
         return float(self.run.once("loss", digest(choices), name, measure))
 
-    def note_point(self, name: str, budget: float, choices: Choices, loss: float | None) -> None:
+    def note_point(self, name: str, choices: Choices, loss: float) -> None:
+        self.points.append(self.front_point(name, loss, choices))
+
+    def front_point(self, name: str, loss: float, choices: Choices) -> FrontPoint:
         ratio = self.latency.ratio(choices)
-        if ratio is not None:
-            predicted = self.predicted_loss(choices)
-            self.points.append(FrontPoint(name, budget, ratio, False, predicted, loss, choices))
+        assert ratio is not None, "every plan is made of measured block counts"
+        return FrontPoint(name, ratio, False, self.predicted_loss(choices), loss, choices)
+
+    def settled_points(self, searched: Contender, others: Sequence[Contender]) -> list[FrontPoint]:
+        """The evaluated plans, "searched" first, with their latency as it is finally known.
+
+        That is the measured ratio where the final timing has the plan, else what the table with
+        its last correction predicts: corrections differ between stages of the search.
+        """
+        timed = {digest(c.choices): c.timing.ratio_layers for c in (*others, searched)}
+        points = []
+        for q in (self.front_point("searched", self.true_loss("searched", searched.choices),
+                                   searched.choices), *self.points):  # fmt: skip
+            ratio = timed.get(digest(q.choices))
+            predicted = self.latency.ratio(q.choices) or q.latency_ratio
+            points.append(
+                replace(q, latency_ratio=ratio or predicted, latency_measured=ratio is not None)
+            )
+        return points
 
     def predicted_loss(self, choices: Choices) -> float:
         by_name = {layer.name: layer for layer in self.layers}
@@ -211,68 +222,11 @@ class Engine:
         known = [(ratio, p) for p in plans if (ratio := self.predicted_ratio(p)) is not None]
         return min(known, key=lambda item: item[0])[1] if known else None
 
-    def meet(self, name: str, make: Make, target: float, aim: float = AIM) -> Contender | None:
-        """Solve, build, time, correct, solve again, until the *measured* ratio meets `target`.
-
-        Returns:
-            The slowest plan within the target (the best use of the budget), else the fastest
-            one measured, with feasible=False; None if nothing could be solved for.
-        """
-        with self.report.stage(f"build and time {name}", ROUNDS) as advance:
-            return self._meet(make, name, target, aim, advance)
-
-    def _meet(
-        self, make: Make, name: str, target: float, aim: float, advance: Callable[[], None]
-    ) -> Contender | None:
-        tried: dict[str, Contender] = {}
-        factors: list[float] = []  # the correction that each timed plan asks for
-        for _ in range(ROUNDS):
-            advance()
-            try:
-                choices = make(aim * target)
-            except InfeasibleBudgetError:
-                break
-            predicted = self.predicted_ratio(choices)
-            assert predicted is not None
-            if digest(choices) in tried:  # timed already: no new evidence would come
-                break
-            (timing,) = self.time(name, {name: choices}, TIMING_SECONDS)
-            measured = self.measured_ratio(choices, timing)
-            self.rounds.append(
-                {"plan": name, "predicted_ratio": predicted, "measured_ratio": measured}
-            )
-            self.report.detail(
-                f"  {name}: predicted ratio {predicted:.3f}, measured {measured:.3f}"
-            )
-            contender = Contender(name, choices, timing, measured, measured <= target)
-            tried[digest(choices)] = contender
-            if not self.by_time or contender.all_dense:
-                break
-            factors.append(self.latency.factor(choices, measured))
-            # The median over rounds: following each single timing would chase its noise.
-            self.latency.correction = min(max(median(factors), 0.2), 5.0)
-            estimate = self.predicted_ratio(choices) or measured
-            if CLOSE * target <= min(estimate, measured) <= max(estimate, measured) <= target:
-                break
-        return self._best(list(tried.values()), target)
-
-    def _best(self, tried: list[Contender], target: float) -> Contender | None:
-        """The slowest plan that is within the target by estimate and by its own timing.
-
-        Picking by single timings alone would favour plans whose timing was lucky.
-        """
-        estimates = [(self.predicted_ratio(c.choices) or c.ratio, c) for c in tried]
-        within = [(ratio, c) for ratio, c in estimates if c.feasible and ratio <= target]
-        if within:
-            return max(within, key=lambda item: item[0])[1]
-        feasible = [c for c in tried if c.feasible]
-        return min(feasible or tried, key=lambda c: c.ratio, default=None)
-
     # ---- stages -------------------------------------------------------------------------
 
     def evaluate_front(self, target: float, expired: Callable[[], bool]) -> None:
         """True losses of exact plans at other budgets, for the front and the additivity check."""
-        self.note_point("dense", 1.0, {layer.name: DENSE for layer in self.layers}, 0.0)
+        self.note_point("dense", {layer.name: DENSE for layer in self.layers}, 0.0)
         budgets = [b for b in FRONT_BUDGETS if abs(b - target) > 0.02]
         with self.report.stage("evaluate the front", len(budgets)) as advance:
             for budget in budgets:
@@ -282,7 +236,7 @@ class Engine:
                     choices = {}
                 if choices and not expired():
                     name = f"exact {budget:.2f}"
-                    self.note_point(name, budget, choices, self.true_loss(name, choices))
+                    self.note_point(name, choices, self.true_loss(name, choices))
                 advance()
 
     def refine(
@@ -314,7 +268,7 @@ class Engine:
             count = study.refine(parameters, evaluate, trials, storage, seed, advance, expired)
         for values, loss, plan in study.finished(storage):
             choices = {name: Candidate.from_key(key) for name, key in plan.items()}
-            self.note_point("trial", target, choices, loss)
+            self.note_point("trial", choices, loss)
             if loss < best[0]:
                 best = (loss, study.weights(self.layers, groups, values))
         return best[1], count
@@ -332,12 +286,3 @@ def corrected(options: Mapping[str, list[Option]], factor: float) -> dict[str, l
 
 def _timing(value: Mapping[str, object]) -> Timing:
     return Timing(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})  # type: ignore[arg-type]
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process so far: GPU memory on CUDA, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from blast_search.apply import attach, final_modules, load, save
-from blast_search.decision import Decision, decide, infeasible, layer_target
+from blast_search.closed_loop import TIMING_SECONDS, meet
+from blast_search.decision import FINAL_SECONDS, Decision, decide, infeasible, layer_target
 from blast_search.describe import Describer
-from blast_search.engine import FINAL_SECONDS, TIMING_SECONDS, Contender, Engine
+from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.evaluate import (
     count_macs,
@@ -150,7 +151,7 @@ class Finish:
         low, high = 0.0, 1.0
         for _ in range(DROP_ROUNDS):
             middle = (low + high) / 2
-            contender = engine.meet("exact", engine.exact, middle)
+            contender = meet(engine, "exact", engine.exact, middle)
             if contender is None or not contender.feasible:
                 low = middle
                 continue
@@ -167,7 +168,7 @@ class Finish:
                 f"({drop:+.4f} worse than dense)"
             )
             loss = engine.true_loss("exact", contender.choices)
-            engine.note_point(f"exact {middle:.2f}", middle, contender.choices, loss)
+            engine.note_point(f"exact {middle:.2f}", contender.choices, loss)
             if drop <= self.settings.max_drop:
                 best, high = contender, contender.ratio
             else:
@@ -189,17 +190,7 @@ class Finish:
         decision = self.decide()
         self.pipeline.seconds["search"] = round(time.monotonic() - since, 1)
         winner = decision.winner
-        engine.points.append(
-            FrontPoint(
-                "searched",
-                decision.target,
-                winner.timing.ratio_layers,
-                True,
-                engine.predicted_loss(winner.choices),
-                engine.true_loss("searched", winner.choices),
-                winner.choices,
-            )
-        )
+        points = engine.settled_points(winner, list(decision.baselines.values()))
         search_seconds = round(sum(self.pipeline.seconds.values()), 1)
         self.report.say(f"search finished after {search_seconds:.0f} s")
         plan = self.describer.plan(decision)
@@ -208,7 +199,7 @@ class Finish:
             plan.save(self.folder / "plan.json")
             assert s.budget is not None
             missed = infeasible(s.budget_scope, s.budget, decision, self.share)
-            return plan, engine.points, p.model, missed
+            return plan, points, p.model, missed
         since = time.monotonic()
         contenders = {"searched": decision.winner} | decision.baselines
         metrics = {key: self.metric(c, plan) for key, c in contenders.items()}
@@ -229,7 +220,7 @@ class Finish:
             )
         plan = Plan.load(self.folder / "model")
         plan.save(self.folder / "plan.json")
-        return plan, engine.points, model, error
+        return plan, points, model, error
 
     def best(self, contenders: dict[str, Contender], values: dict[str, float]) -> str:
         """The contender within the budget with the best metric; the searched plan wins ties.

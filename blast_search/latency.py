@@ -24,7 +24,7 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.files import sha256_json
 from blast_search.layers import Workload, get_modules, set_modules, stubs
 from blast_search.matrix import BlastLinear
-from blast_search.space import LayerSpec, SearchSpace
+from blast_search.space import Candidate, LayerSpec, SearchSpace
 from blast_search.tables import Cell, LatencyTable, Measurement
 
 WARMUP = 3
@@ -111,6 +111,13 @@ def interleave(
     return {name: np.array(values) for name, values in samples.items()}
 
 
+def kernel_label(candidate: Candidate, dtype: torch.dtype, device_type: str) -> str:
+    if candidate.is_dense:
+        return "dense"
+    name = kernels.choose(candidate.num_blocks, candidate.rank, dtype, device_type)
+    return kernels.label(name)
+
+
 def cells_for(
     layers: Iterable[LayerSpec], space: SearchSpace, device: str, dtype: torch.dtype, kind: str
 ) -> list[Cell]:
@@ -121,7 +128,7 @@ def cells_for(
                 device,
                 "eager",
                 str(dtype).removeprefix("torch."),
-                "dense" if c.is_dense else kernels.choose(c.num_blocks, dtype, kind),
+                kernel_label(c, dtype, kind),
                 *layer.shape,
                 layer.bias,
                 call.tokens,

@@ -18,13 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blast_search import kernels
+from blast_search import product
 
 if TYPE_CHECKING:
     from blast_search.factorize import Factors
-
-# Tokens per pass on the CPU: z and w of one pass stay in the cache.
-CPU_CHUNK = 512
 
 
 def to_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
@@ -34,39 +31,27 @@ def to_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return (u @ rows.reshape(b, b * q, r).transpose(1, 2)).reshape(-1, b * q)
 
 
-def blast_matmul(x: Tensor, u: Tensor, s: Tensor, v: Tensor, kernel: str | None = None) -> Tensor:
-    """x A^T for the BLAST matrix A of the factors; never builds a (b, b, T, r) tensor.
+def blast_matmul(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x A^T + bias for the BLAST matrix A of the factors; never builds a (b, b, T, r) tensor.
+
+    Differentiable once.  The kernel is chosen by b, r, dtype and device (kernels.choose).
 
     Args:
-        x: (..., n). u: (b, p, r). s: (b, b, r). v: (b, q, r).
-        kernel: forces the coupling "torch" or "numba"; None chooses (kernels.choose).
+        x: (..., n). u: (b, p, r). s: (b, b, r). v: (b, q, r). bias: (m,).
 
     Returns:
         (..., m), the dtype of x (under autocast: the autocast dtype).
     """
-    b, p, r = u.shape
-    q = v.shape[1]
-    tokens = x.numel() // (b * q)
-    if b == 1:
-        return F.linear((x @ v[0]) * s[0, 0].to(x.dtype), u[0])
-    training = torch.is_grad_enabled() and (x.requires_grad or u.requires_grad)
-    if training and kernel is None and tokens >= 2 * r:
-        # m n r multiply-adds to rebuild A are small beside T m n, and the backward pass of two
-        # dense products beats that of the coupling by far (b = 4, 2 cores: 2.6x per step).
-        return F.linear(x, to_dense(u, s, v))
-    blocks = x.reshape(tokens, b, q).transpose(0, 1)
-    if kernel is None:
-        kernel = kernels.choose(b, x.dtype, x.device.type, not training)
-    couple = kernels.get_couple(kernel)
-    if kernel == "torch" or torch.is_autocast_enabled(x.device.type):
-        w = couple(torch.bmm(blocks, v), s)
-        return torch.bmm(w, u.transpose(1, 2)).transpose(0, 1).reshape(*x.shape[:-1], b * p)
-    y = x.new_empty(tokens, b, p)
-    for start in range(0, tokens, CPU_CHUNK):
-        rows = slice(start, start + CPU_CHUNK)
-        w = couple(torch.bmm(blocks[:, rows], v), s)
-        y[rows] = torch.bmm(w, u.transpose(1, 2)).transpose(0, 1)
-    return y.view(*x.shape[:-1], b * p)
+    observed = product.observed(x)
+    if len(u) == 1 and (not observed or torch.compiler.is_compiling()):
+        # Low rank: two plain products that a compiler can fuse, the bias within the second.
+        z = x @ v[0]
+        return F.linear(z * s[0, 0].to(z.dtype), u[0], bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, u, s, v = x.to(dtype), u.to(dtype), s.to(dtype), v.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return (product.matmul if observed else product.eager)(x, u, s, v, bias)
 
 
 class BlastLinear(nn.Module):
@@ -133,13 +118,7 @@ class BlastLinear(nn.Module):
         return to_dense(self.U, self.S, self.V)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.num_blocks == 1:  # two plain products, the bias fused into the second
-            z = x @ self.V[0]
-            return F.linear(z * self.S[0, 0].to(z.dtype), self.U[0], self.bias)
-        y = blast_matmul(x, self.U, self.S, self.V)
-        if self.bias is None:
-            return y
-        return y + self.bias if torch.is_grad_enabled() else y.add_(self.bias)
+        return blast_matmul(x, self.U, self.S, self.V, self.bias)
 
     def set_factors(self, factors: Factors) -> None:
         """Copy factors of this layer's shapes into the parameters."""

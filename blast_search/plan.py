@@ -129,16 +129,15 @@ def _layer(name: str, item: Any, origin: str) -> LayerPlan:
 class FrontPoint:
     """One whole plan on (or off) the front.
 
-    `loss` is the true loss of the built model on calibration data where it was evaluated, else
-    None; `latency_ratio` is predicted by the corrected table unless `latency_measured`.
+    `loss` is the true loss of the built model on calibration data; `latency_ratio` is predicted
+    by the corrected table unless `latency_measured`.
     """
 
     name: str
-    budget: float
     latency_ratio: float
     latency_measured: bool
     predicted_loss: float
-    loss: float | None
+    loss: float
     choices: Choices
 
     FIELDS = (
@@ -150,9 +149,7 @@ class FrontPoint:
 def pareto(points: list[FrontPoint]) -> list[FrontPoint]:
     """The evaluated points that no other beats in both latency and true loss, fastest first."""
     front: list[FrontPoint] = []
-    known = [p for p in points if p.loss is not None]
-    for point in sorted(known, key=lambda p: (p.latency_ratio, p.loss or 0.0)):
-        assert point.loss is not None
-        if not front or point.loss < (front[-1].loss or 0.0):
+    for point in sorted(points, key=lambda p: (p.latency_ratio, p.loss)):
+        if not front or point.loss < front[-1].loss:
             front.append(point)
     return front

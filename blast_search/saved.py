@@ -85,12 +85,17 @@ def pareto(
         writer.writerows(rows)
     elif form == "table" and at is None:
         view = Table(title="evaluated plans (* on the front)")
-        for column in ("plan", "predicted layer ratio", "predicted loss", "measured loss"):
+        for column in ("plan", "layer latency ratio", "predicted loss", "measured loss"):
             view.add_column(column)
-        for row in sorted(rows, key=lambda r: float(r["predicted_layer_latency_ratio"] or 1)):
-            name = row["name"] + (" *" if row["on_front"] == "1" else "")
-            values = (row[FrontPoint.FIELDS[1]], row[FrontPoint.FIELDS[3]], row["measured_loss"])
-            view.add_row(name, *(f"{float(v):.4f}" if v else "-" for v in values))
+        known = [
+            (float(row[FrontPoint.FIELDS[1]] or row[FrontPoint.FIELDS[2]]), row) for row in rows
+        ]
+        for ratio, row in sorted(known, key=lambda item: item[0]):
+            how = "measured" if row[FrontPoint.FIELDS[2]] else "predicted"
+            view.add_row(
+                row["name"] + (" *" if row["on_front"] == "1" else ""), f"{ratio:.4f} {how}",
+                *(f"{float(row[key]):.4f}" for key in (FrontPoint.FIELDS[3], "measured_loss")),
+            )  # fmt: skip
         console().print(view)
     return result | {"front": rows}
 

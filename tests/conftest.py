@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# One thread, also in the processes that tests start: on a loaded machine each parallel region of
+# a small operation waits for the slower thread, and the toy models' speed-up drowns in that.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -20,9 +20,9 @@ from blast_search.plan import LayerPlan, Plan
 
 def toy_plan() -> Plan:
     layers = {
-        "blocks.0.fc1": LayerPlan("blast", 4, 6, 192, 384),
-        "blocks.1.fc2": LayerPlan("blast", 1, 12, 384, 192),
-        "blocks.2.fc2": LayerPlan("dense", 0, 0, 384, 192),
+        "blocks.0.fc1": LayerPlan("blast", 4, 6, 256, 1024),
+        "blocks.1.fc2": LayerPlan("blast", 1, 12, 1024, 256),
+        "blocks.2.fc2": LayerPlan("dense", 0, 0, 1024, 256),
     }
     return Plan(model={"name": "Net"}, layers=layers)
 
@@ -53,13 +53,13 @@ def test_calibration_makes_better_models():
 @pytest.mark.parametrize(
     ("name", "layer", "message"),
     [
-        ("nowhere.fc", LayerPlan("blast", 1, 4, 192, 384), "names layer nowhere.fc"),
+        ("nowhere.fc", LayerPlan("blast", 1, 4, 256, 1024), "names layer nowhere.fc"),
         (
             "blocks.2.fc1",
-            LayerPlan("blast", 1, 4, 192, 192),
-            "384 x 192, the plan expects 192 x 192",
+            LayerPlan("blast", 1, 4, 256, 256),
+            "1024 x 256, the plan expects 256 x 256",
         ),
-        ("blocks.2.norm", LayerPlan("blast", 1, 4, 192, 192), "is a LayerNorm"),
+        ("blocks.2.norm", LayerPlan("blast", 1, 4, 256, 256), "is a LayerNorm"),
     ],
 )
 def test_a_plan_for_another_model_leaves_this_one_untouched(name, layer, message):

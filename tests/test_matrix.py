@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from blast_search import BlastLinear, blast_matmul
-from blast_search.kernels import choose, get_couple
+from blast_search import BlastLinear, blast_matmul, kernels, product
+from blast_search.kernels import CPU_CHUNK, choose, coupling, cpu
 from blast_search.matrix import to_dense
 
 SHAPES = [  # out_features, in_features, b, r
@@ -49,35 +51,130 @@ def test_product_equals_dense(m, n, b, r, leading):
     torch.testing.assert_close(blast_matmul(x, u, s, v), x @ block_by_block(u, s, v).T)
 
 
-@pytest.mark.parametrize("kernel", ["torch", "numba"])
-@pytest.mark.parametrize(("m", "n", "b", "r"), [s for s in SHAPES if s[2] > 1])
-def test_every_kernel_equals_dense(kernel, m, n, b, r):
-    wide = factors(m, n, b, r)
-    x = torch.randn(2 * n, 37).T[:, :n]  # not contiguous
-    with torch.inference_mode():
-        y = blast_matmul(x, *(t.float() for t in wide), kernel=kernel)
-    torch.testing.assert_close(
-        y.double(), x.double() @ block_by_block(*wide).T, rtol=1e-4, atol=1e-4
+# out_features, in_features, b, r: r = 1, odd, below and above a vector, a multiple of it
+KERNEL_SHAPES = [
+    (24, 48, 2, 9), (48, 24, 3, 8), (32, 64, 4, 19), (64, 32, 8, 16), (64, 96, 16, 13),
+    (10, 20, 5, 24), (12, 8, 4, 1),
+]  # fmt: skip
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Within the dtype's tolerance of the float64 oracle, relative to its largest value."""
+    assert found.dtype == dtype
+    error = (found.double() - wanted).abs().max() if found.numel() else torch.zeros(())
+    return bool(
+        error <= TOLERANCE[dtype] * wanted.abs().max().clamp_min(1) if found.numel() else True
     )
+
+
+def oracle(x, u, s, v, bias, grad):
+    """Output and gradients by the dense matrix in float64."""
+    leaves = [t.double().detach().requires_grad_() for t in (x, u, s, v, bias)]
+    a = block_by_block(*leaves[1:4])
+    y = leaves[0] @ a.T + leaves[4]
+    return y.detach(), torch.autograd.grad(y, leaves, grad.double())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 70, CPU_CHUNK + 3])
+@pytest.mark.parametrize(("m", "n", "b", "r"), KERNEL_SHAPES)
+def test_forward_and_gradients_against_the_oracle(m, n, b, r, tokens, dtype, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "SERIAL_MACS", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tensors = [t.to(dtype) for t in (*factors(m, n, b, r), torch.randn(m))]
+        x = torch.randn(2 * n, max(tokens, 1)).T[:tokens, :n].to(dtype)  # not contiguous
+        grad = torch.randn(tokens, m).to(dtype)
+        wanted, gradients = oracle(x, *tensors, grad)
+        leaves = [t.detach().requires_grad_() for t in (x, *tensors)]
+        y = blast_matmul(*leaves)
+        assert close(y.detach(), wanted, dtype)
+        for found, exact in zip(torch.autograd.grad(y, leaves, grad), gradients, strict=True):
+            assert close(found, exact, dtype)
+        with torch.inference_mode():
+            assert close(blast_matmul(*(t.detach() for t in leaves)), wanted, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+@pytest.mark.parametrize("b", [2, 3, 4, 8, 16, 32])
+def test_the_compiled_coupling_equals_the_reference(b, dtype):
+    for tokens, r in ((1, 8), (5, 11), (33, 40)):
+        z, g = (torch.randn(b, tokens, r).to(dtype) for _ in range(2))
+        s = torch.randn(b, b, r).to(dtype)
+        wide = [t.double() for t in (z, g, s)]
+        assert close(cpu.couple(z, s), coupling("torch").couple(wide[0], wide[2]), dtype)
+        ds = coupling("torch").couple_grad(wide[1], wide[0])
+        assert close(cpu.couple_grad(g, z), ds, torch.float32)
 
 
 def test_a_wrong_kernel_would_be_noticed():
     """The parity check can fail: a coupling that forgets the last block is not equal."""
-    z, s = torch.randn(4, 5, 3), torch.randn(4, 4, 3)
-    good = get_couple("torch")(z, s)
+    z, s = torch.randn(4, 5, 9), torch.randn(4, 4, 9)
+    good = coupling("torch").couple(z.double(), s.double())
+    assert close(cpu.couple(z, s), good, torch.float32)
     z[-1] = 0
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(get_couple("numba")(z, s), good)
+    assert not close(cpu.couple(z, s), good, torch.float32)
+
+
+def test_nan_is_not_rounded_away_in_bfloat16():
+    z, s = torch.ones(2, 3, 8).bfloat16(), torch.ones(2, 2, 8).bfloat16()
+    z[0, 1, 4] = float("nan")
+    assert cpu.couple(z, s).isnan().sum() == 2
 
 
 def test_kernel_choice_is_explicit():
-    assert choose(1, torch.float32, "cpu") == "lowrank"
-    assert choose(4, torch.float32, "cpu") == "numba"
-    assert choose(4, torch.float32, "cpu", inference=False) == "torch"
-    assert choose(4, torch.bfloat16, "cpu") == "torch"
-    assert choose(4, torch.float16, "cuda") == "torch"
-    with pytest.raises(ValueError, match="expected 'numba' or 'torch'"):
-        get_couple("magic")
+    assert choose(1, 64, torch.float32, "cpu") == "lowrank"
+    assert choose(4, 64, torch.float32, "cpu") == "numba"
+    assert choose(4, 64, torch.bfloat16, "cpu") == "numba"
+    assert choose(4, 4, torch.float32, "cpu") == "torch"  # less than one vector
+    assert choose(64, 64, torch.float32, "cpu") == "torch"
+    assert choose(4, 64, torch.float64, "cpu") == "torch"
+    assert choose(4, 64, torch.float16, "cuda") == "torch"
+    assert kernels.label("numba").startswith("numba-")
+    assert kernels.label("numba") != kernels.label("torch")
+    with pytest.raises(ValueError, match="expected one of lowrank"):
+        coupling("magic")
+
+
+def test_compiled_kernels_leave_the_number_of_threads_alone(project):
+    """Numba's own threading layer changed PyTorch's OpenMP threads behind its back."""
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from blast_search.kernels import cpu\n"
+        "cpu.SERIAL_MACS = 0\n"
+        "cpu.couple(torch.randn(2, 64, 16), torch.randn(2, 2, 16))\n"
+        "from torch.__config__ import parallel_info\n"
+        "print(torch.get_num_threads(), parallel_info())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("1 ")
+    assert "omp_get_max_threads() : 1" in done.stdout
+
+
+def test_operator_passes_pytorchs_own_checks():
+    tensors = [t.float().requires_grad_() for t in (torch.randn(5, 64), *factors(32, 64, 4, 9))]
+    bias = torch.randn(32, requires_grad=True)
+    torch.library.opcheck(product._operator, (*tensors, bias))
+    torch.library.opcheck(product._operator, (*tensors, None))
+
+
+@pytest.mark.parametrize("b", [1, 4])
+def test_export_and_compile_pass_through(b):
+    layer = BlastLinear(64, 32, b, 8).eval()
+    x = torch.randn(3, 5, 64)
+    wanted = layer(x)
+    exported = torch.export.export(layer, (x,))
+    torch.testing.assert_close(exported.module()(x), wanted)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    y = compiled(x)
+    torch.testing.assert_close(y, wanted)
+    y.sum().backward()
+    assert layer.U.grad is not None
 
 
 @pytest.mark.parametrize(("m", "n", "b", "r"), SHAPES)
@@ -162,13 +259,22 @@ def test_impossible_layers_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fvcore traces with torch.jit
-def test_bmm_macs_agree_with_fvcore():
+@pytest.mark.parametrize("b", [1, 2, 4])
+def test_macs_are_exact_in_both_counters(b):
     from fvcore.nn import FlopCountAnalysis
+    from torch.utils.flop_counter import FlopCounterMode
 
-    m, n, b, r, tokens = 24, 48, 4, 6, 10
-    layer = BlastLinear(n, m, b, r, bias=False).eval()
+    m, n, r, tokens = 24, 48, 6, 10
+    exact = tokens * r * (m + n + b * b)
+    layer = BlastLinear(n, m, b, r).eval()
+    x = torch.randn(2, tokens // 2, n)
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 2 * exact
     with torch.no_grad():
-        count = FlopCountAnalysis(layer, torch.randn(tokens, n)).unsupported_ops_warnings(False)
-        count.uncalled_modules_warnings(False)
-        # fvcore does not see the coupling (multiply and sum): b^2 r per token.
-        assert count.total() == tokens * r * (m + n)
+        count = FlopCountAnalysis(layer, x).set_op_handle(**product.fvcore_handles())
+        assert count.total() == exact
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    again = tokens * r * (n + b * b)
+    assert counter.get_total_flops() == 2 * (3 * exact + again)

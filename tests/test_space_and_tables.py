@@ -210,10 +210,10 @@ def test_lock_is_exclusive(tmp_path: Path):
 
 
 def test_pareto_keeps_only_undominated_points():
-    def point(name: str, ratio: float, loss: float | None) -> FrontPoint:
-        return FrontPoint(name, 0.3, ratio, False, 0.0, loss, {})
+    def point(name: str, ratio: float, loss: float) -> FrontPoint:
+        return FrontPoint(name, ratio, False, 0.0, loss, {})
 
-    points = [point("a", 0.3, 2), point("b", 0.4, 2.5), point("c", 0.5, 1), point("d", 0.2, None)]
+    points = [point("a", 0.3, 2), point("b", 0.4, 2.5), point("c", 0.5, 1), point("twin", 0.3, 2)]
     assert [p.name for p in pareto(points)] == ["a", "c"]
 
 

@@ -1,42 +1,133 @@
-"""The coupling step of a BLAST product, one signature, several implementations.
+"""The BLAST product and its gradients, one signature, several implementations.
 
-    couple(z, s) -> w        w_i = sum_j s_ij * z_j
-    z: (b, T, r)   s: (b, b, r)   w: (b, T, r)
+    forward(x, u, s, v, bias) -> y              x (T, n)   y (T, m)
+    backward(grad, x, u, s, v, needs) -> (dx, du, ds, dv)
 
-It is the step that decides whether BLAST is fast: memory-bound, b^2 T r multiply-adds.
-`choose` names the implementation for a case; the name is part of a latency cell's key, so a
-latency measured with one kernel is never used for another.
+`choose` names the implementation for a case; the name, with a hash of its source, is part of a
+latency cell's key, so a latency measured with one kernel is never used for another.
+
+The composed kernels are two batched matrix products with the coupling step in between:
+
+    z_j = x_j V_j      w_i = sum_j s_ij * z_j      y_i = w_i U_i^T + bias_i
+
+The coupling decides whether BLAST is fast: memory-bound, b^2 T r multiply-adds.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-Couple = Callable[[Tensor, Tensor], Tensor]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+SOURCES = {
+    "lowrank": (),
+    "torch": ("reference.py",),
+    "numba": ("cpu.py", "vectors.py"),
+}
+
+# Tokens per pass on the CPU: z and w of one pass stay in the cache.
+CPU_CHUNK = 512
 
 
-def choose(num_blocks: int, dtype: torch.dtype, device_type: str, inference: bool = True) -> str:
-    """The kernel for a case: "lowrank" (b = 1: none needed), "numba" or "torch"."""
+@functools.cache
+def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str) -> str:
+    """The kernel for a case: "lowrank" (b = 1: two plain products), "numba" or "torch"."""
     if num_blocks == 1:
         return "lowrank"
-    if device_type == "cpu" and dtype == torch.float32 and inference:
-        return "numba"
+    if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        from blast_search.kernels import cpu
+
+        if cpu.supports(num_blocks, rank, dtype):
+            return "numba"
     return "torch"
 
 
-def get_couple(name: str) -> Couple:
-    """The implementation called `name` ("numba" or "torch"); loads it on first use."""
-    match name:
-        case "numba":
-            from blast_search.kernels import cpu
+@functools.cache
+def label(name: str) -> str:
+    """The kernel's name with a digest of its source, as it stands in a latency table."""
+    digest = hashlib.sha256()
+    for source in SOURCES[name]:
+        digest.update((Path(__file__).parent / source).read_bytes())
+    return f"{name}-{digest.hexdigest()[:8]}" if SOURCES[name] else name
 
-            return cpu.couple
-        case "torch":
-            from blast_search.kernels import reference
 
-            return reference.couple
-        case _:
-            raise ValueError(f"kernel {name!r}, expected 'numba' or 'torch'.")
+@functools.cache
+def coupling(name: str) -> ModuleType:
+    """The module with `couple` and `couple_grad` of a composed kernel, loaded on first use.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"kernel {name!r}, expected one of {', '.join(SOURCES)}.")
+    return import_module(f"blast_search.kernels.{'cpu' if name == 'numba' else 'reference'}")
+
+
+def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """y = x A^T + bias of a composed kernel; shapes as in the legend (matrix.py)."""
+    couple: Callable[[Tensor, Tensor], Tensor] = coupling(name).couple
+    b, p, _ = u.shape
+    tokens, n = x.shape
+    s, ut = s.contiguous(), u.mT
+    blocks = x.as_strided((b, tokens, n // b), (n // b, x.stride(0), 1))
+    if tokens <= CPU_CHUNK or x.device.type != "cpu":
+        y = _joined(torch.bmm(couple(torch.bmm(blocks, v), s), ut), bias, None)
+    else:
+        y = x.new_empty(tokens, b, p)
+        for start in range(0, tokens, CPU_CHUNK):
+            rows = slice(start, start + CPU_CHUNK)
+            part = torch.bmm(couple(torch.bmm(blocks[:, rows], v), s), ut)
+            _joined(part, bias, y[rows])
+    return y.view(tokens, b * p)
+
+
+def _joined(part: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """(b, T, p) -> (T, b, p), the bias added on the way."""
+    b, tokens, p = part.shape
+    if out is None:
+        out = part.new_empty(tokens, b, p)
+    if bias is None:
+        return out.copy_(part.transpose(0, 1))
+    return torch.add(part.transpose(0, 1), bias.view(b, p), out=out)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    needs: tuple[bool, bool, bool, bool],
+    name: str,
+) -> Gradients:
+    """Gradients of `forward` for x, u, s, v where needed, given that of y (T, m).
+
+    z and w are computed again, not kept: one product more, b r values per token less.
+    """
+    module = coupling(name)
+    (b, p, _), q = u.shape, v.shape[1]
+    tokens = len(x)
+    s = s.contiguous()
+    blocks = x.view(tokens, b, q).transpose(0, 1)
+    g = grad.view(tokens, b, p).transpose(0, 1)
+    dw = torch.bmm(g, u)
+    du = ds = dx = dv = None
+    if needs[1] or needs[2]:
+        z = torch.bmm(blocks, v)
+        du = torch.bmm(g.transpose(1, 2), module.couple(z, s)) if needs[1] else None
+        ds = module.couple_grad(dw, z).to(s.dtype) if needs[2] else None
+    if needs[0] or needs[3]:
+        dz = module.couple(dw, s.transpose(0, 1).contiguous())
+        dx = x.new_empty(x.shape) if needs[0] else None
+        if dx is not None:
+            dx.view(tokens, b, q).copy_(torch.bmm(dz, v.transpose(1, 2)).transpose(0, 1))
+        dv = torch.bmm(blocks.transpose(1, 2), dz) if needs[3] else None
+    return dx, du, ds, dv

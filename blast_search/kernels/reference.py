@@ -1,4 +1,4 @@
-"""Coupling in plain PyTorch: any device and dtype, differentiable."""
+"""Coupling in plain PyTorch: any device and dtype; exact in float64."""
 
 from __future__ import annotations
 
@@ -19,3 +19,16 @@ def couple(z: Tensor, s: Tensor) -> Tensor:
         (b, T, r).
     """
     return torch.stack([(z * row.unsqueeze(1)).sum(0) for row in s])
+
+
+def couple_grad(g: Tensor, z: Tensor) -> Tensor:
+    """The gradient of `couple` with respect to s: sum_t g_it * z_jt, one row at a time.
+
+    Args:
+        g, z: (b, T, r).
+
+    Returns:
+        (b, b, r), at least float32.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return torch.stack([(row * z).sum(1, dtype=wide) for row in g])

@@ -1,0 +1,77 @@
+"""The closed loop: solve, build, time, correct, solve again, until the measured ratio holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+from blast_search.engine import AIM, Contender, Engine
+from blast_search.errors import InfeasibleBudgetError
+from blast_search.plan import Choices
+from blast_search.runfolder import digest
+
+CLOSE = 0.94  # a plan that uses this much of its budget is close enough
+ROUNDS = 6
+TIMING_SECONDS = 8.0
+
+Make = Callable[[float], Choices]  # predicted ratio -> choices; InfeasibleBudgetError if none
+
+
+def meet(
+    engine: Engine, name: str, make: Make, target: float, aim: float = AIM
+) -> Contender | None:
+    """Solve, build, time, correct, solve again, until the *measured* ratio meets `target`.
+
+    Returns:
+        The slowest plan within the target (the best use of the budget), else the fastest
+        one measured, with feasible=False; None if nothing could be solved for.
+    """
+    with engine.report.stage(f"build and time {name}", ROUNDS) as advance:
+        return _meet(engine, make, name, target, aim, advance)
+
+
+def _meet(
+    engine: Engine, make: Make, name: str, target: float, aim: float, advance: Callable[[], None]
+) -> Contender | None:
+    tried: dict[str, Contender] = {}
+    factors: list[float] = []  # the correction that each timed plan asks for
+    for _ in range(ROUNDS):
+        advance()
+        try:
+            choices = make(aim * target)
+        except InfeasibleBudgetError:
+            break
+        predicted = engine.predicted_ratio(choices)
+        assert predicted is not None
+        if digest(choices) in tried:  # timed already: no new evidence would come
+            break
+        (timing,) = engine.time(name, {name: choices}, TIMING_SECONDS)
+        measured = engine.measured_ratio(choices, timing)
+        engine.rounds.append(
+            {"plan": name, "predicted_ratio": predicted, "measured_ratio": measured}
+        )
+        engine.report.detail(f"  {name}: predicted ratio {predicted:.3f}, measured {measured:.3f}")
+        contender = Contender(name, choices, timing, measured, measured <= target)
+        tried[digest(choices)] = contender
+        if not engine.by_time or contender.all_dense:
+            break
+        factors.append(engine.latency.factor(choices, measured))
+        # The median over rounds: following each single timing would chase its noise.
+        engine.latency.correction = min(max(median(factors), 0.2), 5.0)
+        estimate = engine.predicted_ratio(choices) or measured
+        if CLOSE * target <= min(estimate, measured) <= max(estimate, measured) <= target:
+            break
+    return _best(engine, list(tried.values()), target)
+
+
+def _best(engine: Engine, tried: list[Contender], target: float) -> Contender | None:
+    """The slowest plan that is within the target by estimate and by its own timing.
+
+    Picking by single timings alone would favour plans whose timing was lucky.
+    """
+    estimates = [(engine.predicted_ratio(c.choices) or c.ratio, c) for c in tried]
+    within = [(ratio, c) for ratio, c in estimates if c.feasible and ratio <= target]
+    if within:
+        return max(within, key=lambda item: item[0])[1]
+    feasible = [c for c in tried if c.feasible]
+    return min(feasible or tried, key=lambda c: c.ratio, default=None)

@@ -1,0 +1,165 @@
+"""The BLAST product as PyTorch knows it: an autograd function, and a custom operator.
+
+Plain eager calls run the autograd function, or the bare kernel where no gradient is needed: the
+operator's dispatch costs some tens of microseconds, more than a small layer.  Whatever watches
+operators (torch.compile, export, FLOP counters, tracing) gets `blast_search::matmul`, which has
+a fake implementation, gradients, and formulas for PyTorch's and fvcore's counters.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from blast_search import kernels
+
+Needs = tuple[bool, bool, bool, bool]
+
+
+def _forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    b, p, r = u.shape
+    name = kernels.choose(b, r, x.dtype, x.device.type)
+    y = kernels.forward(_rows(x), u, s, v, bias, name)
+    return y.view(*x.shape[:-1], b * p)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, u: Tensor, s: Tensor, v: Tensor, needs: Needs
+) -> kernels.Gradients:
+    b, _, r = u.shape
+    name = kernels.choose(b, r, x.dtype, x.device.type)
+    dx, du, ds, dv = kernels.backward(_rows(grad), _rows(x), u, s, v, needs, name)
+    return None if dx is None else dx.view(x.shape), du, ds, dv
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., n) as (T, n) with unit inner stride."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, u, s, v)
+        return _forward(x, u, s, v, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        x, u, s, v = ctx.saved_tensors
+        grads = _backward(grad, x, u, s, v, needs[:4])
+        return *grads, _rows(grad).sum(0) if needs[4] else None
+
+
+def eager(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """The product without the dispatcher."""
+    if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad or s.requires_grad):
+        return _Product.apply(x, u, s, v, bias)  # type: ignore[no-any-return,no-untyped-call]
+    return _forward(x, u, s, v, bias)
+
+
+def observed(x: Tensor) -> bool:
+    """Whether something watches operators: a compiler, a tracer, a dispatch mode, a subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+@torch.library.custom_op(
+    "blast_search::matmul",
+    mutates_args=(),
+    schema="(Tensor x, Tensor u, Tensor s, Tensor v, Tensor? bias) -> Tensor",
+)
+def _operator(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    return _forward(x, u, s, v, bias)
+
+
+@_operator.register_fake
+def _(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], u.shape[0] * u.shape[1])
+
+
+@torch.library.custom_op(
+    "blast_search::matmul_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor u, Tensor s, Tensor v) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+)
+def _operator_backward(
+    grad: Tensor, x: Tensor, u: Tensor, s: Tensor, v: Tensor
+) -> kernels.Gradients:
+    return _backward(grad, x, u, s, v, (True, True, True, True))
+
+
+@_operator_backward.register_fake
+def _(grad: Tensor, x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Sequence[Tensor]:
+    return tuple(t.new_empty(t.shape) for t in (x, u, s, v))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, bias = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.biased = bias is not None
+
+
+def _operator_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _operator_backward(grad.contiguous(), *ctx.saved_tensors)
+    return *grads, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.biased else None
+
+
+_operator.register_autograd(_operator_gradients, setup_context=_setup)
+
+
+def matmul(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """The product as one operator call."""
+    _register_formulas()
+    return torch.ops.blast_search.matmul(x, u, s, v, bias)  # type: ignore[no-any-return]
+
+
+def macs(x_shape: Sequence[int], u_shape: Sequence[int], v_shape: Sequence[int]) -> int:
+    """Multiply-adds of one product: T r (m + n + b^2); x (..., n), u (b, p, r), v (b, q, r)."""
+    b, p, r = u_shape
+    tokens: int = math.prod(x_shape[:-1])
+    return tokens * r * (b * p + b * v_shape[1] + b * b)
+
+
+def _register_formulas() -> None:
+    """Teach PyTorch's FLOP counter the operators once it is in use (importing it is slow)."""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None or torch.ops.blast_search.matmul in counter.flop_registry:
+        return
+    ops = torch.ops.blast_search
+
+    @counter.register_flop_formula(ops.matmul)  # type: ignore[untyped-decorator]
+    def _(x: Any, u: Any, s: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * macs(x, u, v)
+
+    @counter.register_flop_formula(ops.matmul_backward)  # type: ignore[untyped-decorator]
+    def _(grad: Any, x: Any, u: Any, s: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+        # Twice the forward pass, and z and w once more.
+        b, _, r = u
+        again: int = math.prod(x[:-1]) * r * (b * v[1] + b * b)
+        return 4 * macs(x, u, v) + 2 * again
+
+
+def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], dict[str, int]]]:
+    """For fvcore: FlopCountAnalysis(model, x).set_op_handle(**fvcore_handles()); counts MACs."""
+
+    def count(inputs: list[Any], outputs: list[Any]) -> dict[str, int]:
+        x, u, _, v = (value.type().sizes() for value in inputs[:4])
+        return {"blast_matmul": macs(x, u, v)}
+
+    return {"blast_search::matmul": count}
