@@ -22,25 +22,27 @@ from blast_search import kernels
 Needs = tuple[bool, bool, bool, bool]
 
 
-def _forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(
+    x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
     b, p, r = u.shape
     name = kernels.choose(b, r, x.dtype, x.device.type)
-    y = kernels.forward(_rows(x), u, s, v, bias, name)
-    return y.view(*x.shape[:-1], b * p)
+    y, z = kernels.forward(_rows(x), u, s, v, bias, name, keep)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], b * p), z
 
 
 def _backward(
-    grad: Tensor, x: Tensor, u: Tensor, s: Tensor, v: Tensor, needs: Needs
+    grad: Tensor, x: Tensor, u: Tensor, s: Tensor, v: Tensor, z: Tensor | None, needs: Needs
 ) -> kernels.Gradients:
     b, _, r = u.shape
     name = kernels.choose(b, r, x.dtype, x.device.type)
-    dx, du, ds, dv = kernels.backward(_rows(grad), _rows(x), u, s, v, needs, name)
+    dx, du, ds, dv = kernels.backward(_rows(grad), _rows(x), u, s, v, z, needs, name)
     return None if dx is None else dx.view(x.shape), du, ds, dv
 
 
 def _rows(x: Tensor) -> Tensor:
     """(..., n) as (T, n) with unit inner stride."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -49,15 +51,16 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(x, u, s, v)
-        return _forward(x, u, s, v, bias)
+        y, z = _forward(x, u, s, v, bias, keep=True)
+        ctx.save_for_backward(x, u, s, v, z)
+        return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
-        x, u, s, v = ctx.saved_tensors
-        grads = _backward(grad, x, u, s, v, needs[:4])
+        x, u, s, v, z = ctx.saved_tensors
+        grads = _backward(grad, x, u, s, v, z, needs[:4])
         return *grads, _rows(grad).sum(0) if needs[4] else None
 
 
@@ -65,7 +68,7 @@ def eager(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Te
     """The product without the dispatcher."""
     if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad or s.requires_grad):
         return _Product.apply(x, u, s, v, bias)  # type: ignore[no-any-return,no-untyped-call]
-    return _forward(x, u, s, v, bias)
+    return _forward(x, u, s, v, bias)[0]
 
 
 def observed(x: Tensor) -> bool:
@@ -84,7 +87,7 @@ def observed(x: Tensor) -> bool:
     schema="(Tensor x, Tensor u, Tensor s, Tensor v, Tensor? bias) -> Tensor",
 )
 def _operator(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return _forward(x, u, s, v, bias)
+    return _forward(x, u, s, v, bias)[0]
 
 
 @_operator.register_fake
@@ -101,7 +104,7 @@ def _(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor
 def _operator_backward(
     grad: Tensor, x: Tensor, u: Tensor, s: Tensor, v: Tensor
 ) -> kernels.Gradients:
-    return _backward(grad, x, u, s, v, (True, True, True, True))
+    return _backward(grad, x, u, s, v, None, (True, True, True, True))
 
 
 @_operator_backward.register_fake

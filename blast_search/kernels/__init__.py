@@ -1,7 +1,7 @@
 """The BLAST product and its gradients, one signature, several implementations.
 
-    forward(x, u, s, v, bias) -> y              x (T, n)   y (T, m)
-    backward(grad, x, u, s, v, needs) -> (dx, du, ds, dv)
+    forward(x, u, s, v, bias, name, keep) -> (y, z)      x (T, n)   y (T, m)
+    backward(grad, x, u, s, v, z, needs, name) -> (dx, du, ds, dv)
 
 `choose` names the implementation for a case; the name, with a hash of its source, is part of a
 latency cell's key, so a latency measured with one kernel is never used for another.
@@ -71,22 +71,30 @@ def coupling(name: str) -> ModuleType:
     return import_module(f"blast_search.kernels.{'cpu' if name == 'numba' else 'reference'}")
 
 
-def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, name: str) -> Tensor:
-    """y = x A^T + bias of a composed kernel; shapes as in the legend (matrix.py)."""
+def forward(
+    x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, name: str, keep: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """y = x A^T + bias of a composed kernel; shapes as in the legend (matrix.py).
+
+    Returns:
+        y (T, m), and z (b, T, r) for `backward` if `keep`.
+    """
     couple: Callable[[Tensor, Tensor], Tensor] = coupling(name).couple
     b, p, _ = u.shape
     tokens, n = x.shape
     s, ut = s.contiguous(), u.mT
     blocks = x.as_strided((b, tokens, n // b), (n // b, x.stride(0), 1))
-    if tokens <= CPU_CHUNK or x.device.type != "cpu":
-        y = _joined(torch.bmm(couple(torch.bmm(blocks, v), s), ut), bias, None)
+    z = None
+    if keep or tokens <= CPU_CHUNK or x.device.type != "cpu":
+        z = torch.bmm(blocks, v)
+        y = _joined(torch.bmm(couple(z, s), ut), bias, None)
     else:
         y = x.new_empty(tokens, b, p)
         for start in range(0, tokens, CPU_CHUNK):
             rows = slice(start, start + CPU_CHUNK)
             part = torch.bmm(couple(torch.bmm(blocks[:, rows], v), s), ut)
             _joined(part, bias, y[rows])
-    return y.view(tokens, b * p)
+    return y.view(tokens, b * p), z if keep else None
 
 
 def _joined(part: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -105,12 +113,13 @@ def backward(
     u: Tensor,
     s: Tensor,
     v: Tensor,
+    z: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
     name: str,
 ) -> Gradients:
     """Gradients of `forward` for x, u, s, v where needed, given that of y (T, m).
 
-    z and w are computed again, not kept: one product more, b r values per token less.
+    z is computed again where it was not kept; w always is: a coupling costs less than its memory.
     """
     module = coupling(name)
     (b, p, _), q = u.shape, v.shape[1]
@@ -121,7 +130,7 @@ def backward(
     dw = torch.bmm(g, u)
     du = ds = dx = dv = None
     if needs[1] or needs[2]:
-        z = torch.bmm(blocks, v)
+        z = torch.bmm(blocks, v) if z is None else z
         du = torch.bmm(g.transpose(1, 2), module.couple(z, s)) if needs[1] else None
         ds = module.couple_grad(dw, z).to(s.dtype) if needs[2] else None
     if needs[0] or needs[3]:
