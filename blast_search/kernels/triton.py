@@ -54,7 +54,7 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, *, bias: Tensor | None =
     if not tokens:
         return y
     case = _case(x, u, v, bias is not None)
-    if tokens <= DECODE_TOKENS and b <= FUSED_BLOCKS:
+    if _decodes(b, tokens):
 
         def decode(groups: int) -> None:
             w = _down(x, s, v, groups, (*case, groups))
@@ -136,6 +136,10 @@ def _prepared(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     if len(dtypes) > 1 or x.dtype not in DTYPES:
         raise TypeError(f"dtypes {dtypes}, expected one for all, of {DTYPES}.")
     return _rows(x), u.contiguous(), s.contiguous(), v.contiguous()
+
+
+def _decodes(b: int, tokens: int) -> bool:
+    return tokens <= DECODE_TOKENS and b <= FUSED_BLOCKS
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -220,52 +224,60 @@ GRADIENT_CONFIGS = [
 
 def _group_counts(b: int, tokens: int) -> list[int]:
     """Into how many partial sums `down` may be split, to have enough programs for the device."""
-    most = 16 if tokens == 1 else 4
-    return [count for count in range(min(b, most), 0, -1) if b % count == 0]
+    most = 16 if tokens == 1 else 8
+    return [count for count in (8, 16, 4, 2, 1) if count <= most]
 
 
 def _down_configs(b: int, tokens: int) -> list[k.Config]:
     """Tiles whose accumulators, one per block, need at most 128 registers per thread."""
     blocks = triton.next_power_of_2(b)
     if tokens == 1:
-        return [
-            {"tokens": 1, "rank": rank, "inner": inner, "warps": 4, "stages": 3}
-            for rank, inner in ((32, 128), (32, 256), (64, 128), (16, 256), (128, 64))
-            if blocks * rank <= 4 * 4096
-        ]
-    tiles = (
-        (16, 16, 128, 4, 4), (16, 32, 128, 4, 4), (16, 64, 64, 4, 4), (32, 16, 128, 4, 4),
-        (32, 32, 64, 4, 4), (64, 16, 128, 4, 4), (64, 32, 64, 8, 3), (64, 64, 64, 8, 3),
-        (128, 32, 64, 8, 3), (128, 64, 64, 8, 3),
-    )  # fmt: skip
-    decode = tokens <= DECODE_TOKENS and b <= FUSED_BLOCKS
-    rows_least, rows_most = (16, triton.next_power_of_2(tokens)) if decode else (32, 128)
+        tiles: tuple[tuple[int, ...], ...] = (
+            (1, 32, 128, 4, 3), (1, 32, 256, 4, 1), (1, 16, 256, 4, 3), (1, 64, 128, 4, 1),
+            (1, 64, 64, 4, 4),
+        )  # fmt: skip
+    elif _decodes(b, tokens):
+        rows = max(16, triton.next_power_of_2(tokens))
+        tiles = (
+            (rows, 16, 128, 4, 4), (rows, 16, 256, 4, 3), (rows, 32, 128, 4, 4),
+            (rows, 32, 256, 4, 3), (rows, 64, 64, 4, 4), (rows, 32, 128, 8, 4),
+            (16, 16, 128, 4, 4),
+        )  # fmt: skip
+    else:
+        tiles = (
+            (64, 32, 256, 8, 3), (64, 32, 128, 8, 4), (64, 64, 256, 8, 2), (64, 64, 128, 8, 3),
+            (128, 32, 128, 8, 3), (32, 32, 256, 4, 3),
+        )  # fmt: skip
     fused = [
         {"tokens": rows, "rank": rank, "inner": inner, "warps": warps, "stages": stages}
         for rows, rank, inner, warps, stages in tiles
-        if blocks * rows * rank <= warps * 4096 and rows_least <= rows <= max(16, rows_most)
+        if blocks * rows * rank <= warps * 4096
     ]
-    # Below 8 blocks cuBLAS and one pass over z win: z is small, and each program of the fused
-    # kernel reads all of x's columns again.
-    return fused if decode else [CUBLAS, *(fused if b >= 8 else [])]
+    if _decodes(b, tokens):
+        return fused
+    # Below 8 blocks z is small, and each program of the fused kernel would read x again.
+    return [CUBLAS, *(fused if b >= 8 else [])]
 
 
 def _up_configs(b: int, tokens: int) -> list[k.Config]:
     if tokens == 1:
         tiles: tuple[tuple[int, ...], ...] = (
-            (1, 32, 128, 4, 3), (1, 16, 256, 4, 3), (1, 32, 256, 4, 3), (1, 64, 128, 4, 3),
+            (1, 16, 256, 4, 3), (1, 32, 128, 4, 4), (1, 8, 512, 4, 2), (1, 8, 1024, 4, 1),
+            (1, 4, 1024, 4, 1),
         )  # fmt: skip
-    elif tokens <= DECODE_TOKENS and b <= FUSED_BLOCKS:
-        rows = triton.next_power_of_2(tokens)
-        tiles = tuple((rows, out, inner, 4, 4) for out in (32, 16, 64) for inner in (64, 128))
+    elif _decodes(b, tokens):
+        rows = max(16, triton.next_power_of_2(tokens))
+        tiles = (
+            (rows, 32, 128, 4, 4), (rows, 16, 128, 4, 4), (rows, 16, 256, 4, 3),
+            (rows, 32, 256, 4, 3), (rows, 64, 64, 4, 4),
+        )  # fmt: skip
     else:
         tiles = (
-            (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
-            (256, 128, 64, 8, 3),
+            (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (64, 128, 64, 4, 4),
+            (128, 64, 64, 4, 4),
         )  # fmt: skip
-    triton_configs = [
+    configs = [
         {"tokens": rows, "out": out, "inner": inner, "warps": warps, "stages": stages}
         for rows, out, inner, warps, stages in tiles
     ]
-    decode = tokens <= DECODE_TOKENS and b <= FUSED_BLOCKS
-    return triton_configs if decode else [CUBLAS, *triton_configs]
+    return configs if _decodes(b, tokens) else [CUBLAS, *configs]

@@ -40,11 +40,13 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens"])
 def _down(
     x, v, s, w, tokens, q, r, x_stride,
-    B: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
+    B: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, SHARE: tl.constexpr,
     TOKENS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # A program owns a (tokens, ranks) tile of every w_i, for the input blocks of one group.
+    # A program owns a (tokens, ranks) tile of every w_i and SHARE of the B * PIECES pieces of
+    # the input columns, PIECES per input block. Coupling is linear, so each piece is coupled at
+    # once: one loop that the compiler can pipeline, and no bubble between input blocks.
     rank = tl.program_id(0) * RANK + tl.arange(0, RANK)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     group = tl.program_id(2)
@@ -55,31 +57,30 @@ def _down(
     in_block = block < B
     x_row = x + token.to(tl.int64) * x_stride
     acc = tl.zeros((BLOCKS, TOKENS, RANK), tl.float32)
-    for member in range(GROUP):
-        j = group * GROUP + member
-        v_j = v + j * q * r + inner[:, None] * r + rank[None, :]
-        x_j = x_row + j * q
-        if TOKENS == 1:  # a matrix-vector product: the matrix units would idle
-            partial = tl.zeros((INNER, RANK), tl.float32)
-            for k in range(0, q, INNER):
-                in_inner = k + inner < q
-                v_tile = tl.load(v_j + k * r, in_inner[:, None] & in_rank[None, :], 0.0)
-                x_tile = tl.load(x_j + k + inner, in_inner, 0.0)
-                partial += x_tile.to(tl.float32)[:, None] * v_tile.to(tl.float32)
-            z = tl.sum(partial, 0)[None, :]
-        else:
-            z = tl.zeros((TOKENS, RANK), tl.float32)
-            for k in range(0, q, INNER):
-                in_inner = k + inner < q
-                v_tile = tl.load(v_j + k * r, in_inner[:, None] & in_rank[None, :], 0.0)
-                x_tile = tl.load(
-                    x_j[:, None] + (k + inner)[None, :], in_token[:, None] & in_inner[None, :], 0.0
-                )
-                z = _dot(x_tile, v_tile, z, PRECISION, UPCAST)
+    for c in tl.range(0, SHARE, num_stages=STAGES):
+        piece = group * SHARE + c
+        j = piece // PIECES
+        column = (piece % PIECES) * INNER + inner
+        in_inner = (column < q) & (j < B)
+        v_tile = tl.load(
+            v + (j * q + column)[:, None] * r + rank[None, :],
+            in_inner[:, None] & in_rank[None, :], 0.0,
+        )  # fmt: skip
         s_j = tl.load(
-            s + (block[:, None] * B + j) * r + rank[None, :], in_block[:, None] & in_rank[None, :]
-        ).to(tl.float32)
-        acc += s_j[:, None, :] * z[None, :, :]
+            s + (block[:, None] * B + j) * r + rank[None, :],
+            (in_block & (j < B))[:, None] & in_rank[None, :], 0.0,
+        )  # fmt: skip
+        if TOKENS == 1:  # a matrix-vector product: the matrix units would idle
+            x_tile = tl.load(x + j * q + column, in_inner, 0.0)
+            z = tl.sum(x_tile.to(tl.float32)[:, None] * v_tile.to(tl.float32), 0)[None, :]
+        else:
+            x_tile = tl.load(
+                x_row[:, None] + (j * q + column)[None, :],
+                in_token[:, None] & in_inner[None, :], 0.0,
+            )  # fmt: skip
+            z = tl.zeros((TOKENS, RANK), tl.float32)
+            z = _dot(x_tile, v_tile, z, PRECISION, UPCAST)
+        acc += s_j.to(tl.float32)[:, None, :] * z[None, :, :]
     row = (group * B + block).to(tl.int64)[:, None, None] * tokens + token[None, :, None]
     mask = in_block[:, None, None] & in_token[None, :, None] & in_rank[None, None, :]
     tl.store(w + row * r + rank[None, None, :], acc.to(w.dtype.element_ty), mask)
@@ -90,7 +91,7 @@ def _up(
     w, u, bias, y, tokens, p, r,
     B: tl.constexpr, GROUPS: tl.constexpr, BIAS: tl.constexpr,
     TOKENS: tl.constexpr, OUT: tl.constexpr, RANK: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     out = tl.program_id(0) * OUT + tl.arange(0, OUT)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -103,11 +104,11 @@ def _up(
     step = B * tokens.to(tl.int64) * r  # from one group's partial sum to the next
     if TOKENS == 1:
         partial = tl.zeros((OUT, RANK), tl.float32)
-        for k in range(0, r, RANK):
+        for k in tl.range(0, r, RANK, num_stages=STAGES):
             in_rank = k + rank < r
             w_tile = tl.zeros((RANK,), tl.float32)
             for g in tl.static_range(GROUPS):
-                w_tile += tl.load(w_i + g * step + tl.program_id(1) * r + k + rank, in_rank, 0.0)
+                w_tile += tl.load(w_i + g * step + k + rank, in_rank, 0.0)
             u_tile = tl.load(
                 u_i + out[:, None] * r + (k + rank)[None, :],
                 in_out[:, None] & in_rank[None, :], 0.0,
@@ -117,7 +118,7 @@ def _up(
     else:
         acc = tl.zeros((TOKENS, OUT), tl.float32)
         w_row = w_i + token.to(tl.int64)[:, None] * r
-        for k in range(0, r, RANK):
+        for k in tl.range(0, r, RANK, num_stages=STAGES):
             in_rank = k + rank < r
             mask = in_token[:, None] & in_rank[None, :]
             w_tile = tl.load(w_row + (k + rank)[None, :], mask, 0.0)
@@ -213,18 +214,19 @@ def _effort(config: Config) -> dict[str, int]:
 def down(x: Tensor, v: Tensor, s: Tensor, w: Tensor, config: Config) -> None:
     """Writes w (groups, b, T, r); the sum over groups is the coupled result.
 
-    Group g covers input blocks g b / groups and on, so groups divides b: several groups give a
-    call with few tokens enough programs. x: (T, n), unit inner stride. v: (b, q, r). s: (b, b, r).
+    Each group covers a part of the input columns: several groups give a call with few tokens
+    enough programs. x: (T, n), unit inner stride. v: (b, q, r). s: (b, b, r).
     """
     b, q, r = v.shape
     groups, tokens = w.shape[0], len(x)
     rows = 1 if config["tokens"] == 1 else _tile(tokens, config["tokens"])
-    ranks = _tile(r, config["rank"])
+    ranks, inner = _tile(r, config["rank"]), _tile(q, config["inner"])
+    pieces = triton.cdiv(q, inner)
     _down[(triton.cdiv(r, ranks), triton.cdiv(tokens, rows), groups)](
         x, v, s, w, tokens, q, r, x.stride(0),
-        B=b, GROUP=b // groups, BLOCKS=triton.next_power_of_2(b),
-        TOKENS=rows, INNER=_tile(q, config["inner"]), RANK=ranks,
-        **_numbers(x), **_effort(config),
+        B=b, BLOCKS=triton.next_power_of_2(b), PIECES=pieces,
+        SHARE=triton.cdiv(b * pieces, groups), TOKENS=rows, INNER=inner, RANK=ranks,
+        STAGES=config["stages"], **_numbers(x), **_effort(config),
     )  # fmt: skip
 
 
@@ -233,12 +235,12 @@ def up(w: Tensor, u: Tensor, bias: Tensor | None, y: Tensor, config: Config) -> 
     b, p, r = u.shape
     groups, tokens = w.shape[0], len(y)
     rows = 1 if config["tokens"] == 1 else _tile(tokens, config["tokens"])
-    columns = _tile(p, config["out"])
+    columns = config["out"] if rows == 1 else _tile(p, config["out"])
     _up[(triton.cdiv(p, columns), triton.cdiv(tokens, rows), b)](
         w, u, y if bias is None else bias, y, tokens, p, r,
         B=b, GROUPS=groups, BIAS=bias is not None,
         TOKENS=rows, OUT=columns, RANK=_tile(r, config["inner"]),
-        **_numbers(u), **_effort(config),
+        STAGES=config["stages"], **_numbers(u), **_effort(config),
     )  # fmt: skip
 
 
