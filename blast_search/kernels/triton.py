@@ -12,7 +12,7 @@ device. Runs under Triton's interpreter (TRITON_INTERPRET=1) on CPU tensors, for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import torch
 import triton
@@ -149,7 +149,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, b: int) -> Tensor:
     """(T, b q) as (b, T, q), a view."""
-    return x.unflatten(1, (b, -1)).transpose(0, 1)
+    return x.view(len(x), b, x.shape[1] // b).transpose(0, 1)
 
 
 def _case(x: Tensor, u: Tensor, v: Tensor, bias: bool) -> Case:
@@ -200,7 +200,7 @@ def _couple(z: Tensor, s: Tensor, case: Case) -> Tensor:
 
 def _couple_gradient(dw: Tensor, z: Tensor, case: Case) -> Tensor:
     if len(z) > GRADIENT_BLOCKS:
-        return torch.einsum("itk,jtk->ijk", dw, z)
+        return torch.einsum("itk,jtk->ijk", dw, z).contiguous()
 
     def run(config: k.Config) -> Tensor:
         return k.couple_gradient(dw, z, config)
@@ -211,12 +211,12 @@ def _couple_gradient(dw: Tensor, z: Tensor, case: Case) -> Tensor:
 COUPLE_CONFIGS = [
     {"elements": elements, "rank": rank, "warps": warps, "stages": 1}
     for elements, rank, warps in (
-        (8192, 64, 4), (4096, 64, 4), (16384, 64, 8), (8192, 128, 4), (16384, 128, 8),
+        (16384, 64, 4), (8192, 64, 4), (8192, 64, 2), (16384, 128, 4), (32768, 64, 8),
     )
 ]  # fmt: skip
 GRADIENT_BLOCKS = 32  # b^2 accumulators per rank: more do not fit in the registers
 GRADIENT_CONFIGS = [
-    {"elements": elements, "rank": rank, "warps": warps, "programs": programs, "stages": 2}
+    {"elements": elements, "rank": rank, "warps": warps, "programs": programs, "stages": 3}
     for elements, rank, warps in ((8192, 32, 4), (16384, 32, 8), (4096, 16, 4), (16384, 64, 8))
     for programs in (512, 1024)
 ]

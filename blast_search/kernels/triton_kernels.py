@@ -8,9 +8,8 @@
 Shapes as in `blast_search.matrix`; T tokens. Inputs bfloat16, float16 or float32; sums are
 float32. Source of the product: arXiv 2410.21262, equations 1 to 3.
 
-A three-dimensional register tile (blocks, tokens, ranks) stands for "one accumulator per
-block": its first axis stays inside a thread, so a sum over blocks needs no exchange between
-threads, and block counts that are not powers of two are masked.
+A three-dimensional register tile of blocks, tokens and ranks stands for "one accumulator per
+block"; block counts that are not powers of two are masked.
 
 A config is a dict of tile sizes (tokens, rank, inner, out), warps and stages. Launchers shrink
 tiles to the problem, so any config is valid for any shape.
@@ -61,14 +60,17 @@ def _down(
         piece = group * SHARE + c
         j = piece // PIECES
         column = (piece % PIECES) * INNER + inner
-        in_inner = (column < q) & (j < B)
+        # The last group may have pieces past the last block. Compared as vectors: the
+        # interpreter does not make a mask of a vector and a scalar.
+        in_inner = (column < q) & (j * q + column < B * q)
+        in_pair = in_block & (block * 0 + j < B)
         v_tile = tl.load(
             v + (j * q + column)[:, None] * r + rank[None, :],
             in_inner[:, None] & in_rank[None, :], 0.0,
         )  # fmt: skip
         s_j = tl.load(
             s + (block[:, None] * B + j) * r + rank[None, :],
-            (in_block & (j < B))[:, None] & in_rank[None, :], 0.0,
+            in_pair[:, None] & in_rank[None, :], 0.0,
         )  # fmt: skip
         if TOKENS == 1:  # a matrix-vector product: the matrix units would idle
             x_tile = tl.load(x + j * q + column, in_inner, 0.0)
@@ -149,16 +151,18 @@ def _couple(
     in_tile = (token < tokens)[:, None] & in_rank[None, :]
     offset = token.to(tl.int64)[:, None] * r + rank[None, :]
     size = tokens.to(tl.int64) * r
+    # Blocks in the middle: the compiler spreads threads over the first and last axis, so that
+    # the sum over blocks stays inside a thread.
     z_tile = tl.load(
-        z + block.to(tl.int64)[:, None, None] * size + offset[None, :, :],
-        in_block[:, None, None] & in_tile[None, :, :], 0.0,
+        z + block.to(tl.int64)[None, :, None] * size + offset[:, None, :],
+        in_block[None, :, None] & in_tile[:, None, :], 0.0,
     ).to(tl.float32)  # fmt: skip
     for i in range(B):
         s_i = tl.load(
             s + i * s_out + block[:, None] * s_in + rank[None, :],
             in_block[:, None] & in_rank[None, :], 0.0,
         ).to(tl.float32)  # fmt: skip
-        w_tile = tl.sum(z_tile * s_i[:, None, :], 0)
+        w_tile = tl.sum(z_tile * s_i[None, :, :], 1)
         tl.store(w + i * size + offset, w_tile.to(w.dtype.element_ty), in_tile)
 
 
@@ -166,6 +170,7 @@ def _couple(
 def _couple_gradient(
     dw, z, partial, tokens, r, share,
     B: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     # A program sums its share of the tokens for all (i, j); the shares are added afterwards, in
     # a fixed order. The token axis stays in the accumulator until the end of the loop.
@@ -179,7 +184,7 @@ def _couple_gradient(
     start = block.to(tl.int64)[:, None, None] * size + rank[None, None, :]
     inside = in_block[:, None, None] & in_rank[None, None, :]
     acc = tl.zeros((BLOCKS, BLOCKS, TOKENS, RANK), tl.float32)
-    for t in range(0, share, TOKENS):
+    for t in tl.range(0, share, TOKENS, num_stages=STAGES):
         token = part * share + t + step
         offset = start + token.to(tl.int64)[None, :, None] * r
         mask = inside & (token < tokens)[None, :, None]
@@ -196,7 +201,7 @@ def _couple_gradient(
 
 def _tile(size: int, limit: int) -> int:
     """The tile for an axis of `size`: at most `limit`; 16 at least, as tl.dot needs."""
-    return min(limit, max(16, triton.next_power_of_2(size)))
+    return min(limit, max(16, int(triton.next_power_of_2(size))))
 
 
 def _numbers(x: Tensor) -> dict[str, Any]:
@@ -268,6 +273,6 @@ def couple_gradient(dw: Tensor, z: Tensor, config: Config) -> Tensor:
     partial = dw.new_empty((parts, b, b, r), dtype=torch.float32)
     _couple_gradient[(tiles, parts)](
         dw, z, partial, tokens, r, share,
-        B=b, BLOCKS=blocks, TOKENS=rows, RANK=ranks, **_effort(config),
+        B=b, BLOCKS=blocks, TOKENS=rows, RANK=ranks, STAGES=config["stages"], **_effort(config),
     )  # fmt: skip
     return partial.sum(0)

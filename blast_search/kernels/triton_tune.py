@@ -47,8 +47,9 @@ def pick(
     Raises:
         RuntimeError: no candidate fits the device.
     """
-    if (name, case) in _chosen:
-        choice: T = _chosen[name, case]
+    known = (name, case, device)
+    if known in _chosen:
+        choice: T = _chosen[known]
         return choice
     if device.type != "cuda" or len(candidates) == 1:
         return candidates[0]
@@ -56,22 +57,25 @@ def pick(
         return candidates[0]
     path, key = cache_path(device), repr((name, case))
     kept = _read(path).get(key)
-    if kept not in candidates:
+    if kept in candidates:
+        choice = candidates[candidates.index(kept)]
+    else:
         times = [_milliseconds(run, candidate) for candidate in candidates]
         if min(times) == float("inf"):
             raise RuntimeError(f"no config of {name} fits this device for {case}.")
-        kept = candidates[times.index(min(times))]
+        choice = candidates[times.index(min(times))]
         # Read again: another process may have added its choices meanwhile.
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**_read(path), key: kept})
-    _chosen[name, case] = kept
-    choice = kept
+        write_json(path, {**_read(path), key: choice})
+    _chosen[known] = choice
     return choice
 
 
 def _milliseconds(run: Callable[[T], object], candidate: T) -> float:
     try:
-        time = triton.testing.do_bench(lambda: run(candidate), return_mode="median", **MILLISECONDS)
+        time = triton.testing.do_bench(
+            lambda: run(candidate), return_mode="median", **MILLISECONDS
+        )
     except (OutOfResources, PTXASError):
         return float("inf")
     return float(time)
