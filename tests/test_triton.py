@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_gradients_equal_dense(shape, tokens, dtype, device):
 @pytest.mark.parametrize("shape", [PLAIN, WIDE])
 def test_every_decode_candidate(shape, tokens, device, choose):
     b = shape[2]
-    for groups in kernel._group_counts(b, tokens):
+    for groups in kernel._group_counts(tokens):
         choose({"decode": groups})
         check_forward(shape, tokens, torch.float32, device)
     for config in kernel._down_configs(b, tokens):
@@ -285,6 +286,31 @@ def test_the_table_is_named_by_device_and_kernel_source(monkeypatch, tmp_path):
     assert path.parent == tmp_path / "blast-search"
     assert path.name.startswith("triton-")
     tune.cache_path.cache_clear()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the same with real timings is a test below")
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_tuning_tries_every_candidate_of_a_call(tokens, table, monkeypatch):
+    """Nested choices, as on CUDA, with the wall clock."""
+    tried = []
+
+    def clock(run, candidate):
+        start = time.perf_counter()
+        run(candidate)
+        tried.append(candidate)
+        return time.perf_counter() - start
+
+    real = tune.pick
+    monkeypatch.setattr(tune, "_milliseconds", clock)
+    monkeypatch.setattr(tune, "pick", lambda *arguments: real(*arguments[:-1], CUDA))
+    for _ in range(2):  # the second time from the file
+        check_forward(WIDE, tokens, torch.float32, "cpu")
+        tune._chosen.clear()
+    configs = [*kernel._down_configs(8, tokens), *kernel._up_configs(8, tokens)]
+    assert all(config in tried for config in configs)
+    count = len(tried)
+    check_forward(WIDE, tokens, torch.float32, "cpu")
+    assert len(tried) == count
 
 
 @pytest.mark.gpu

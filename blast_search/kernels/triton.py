@@ -13,6 +13,7 @@ device. Runs under Triton's interpreter (TRITON_INTERPRET=1) on CPU tensors, for
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import lru_cache
 
 import torch
 import triton
@@ -24,7 +25,7 @@ from blast_search.kernels import triton_tune as tune
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DECODE_TOKENS = 64
 FUSED_BLOCKS = 64  # more blocks than this need more accumulators than there are registers
-CHUNKS = (2048, 1024, 512)  # tokens per pass, so that z and w stay in the L2 cache
+CHUNKS = (2048, 512)  # tokens per pass, so that z and w stay in the L2 cache
 CUBLAS: k.Config = {}  # the candidate that is no Triton config
 
 Case = tuple[Hashable, ...]
@@ -49,31 +50,10 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, *, bias: Tensor | None =
         TypeError: mixed or unsupported dtypes.
     """
     x, u, s, v = _prepared(x, u, s, v)
-    tokens, (b, p, _) = len(x), u.shape
-    y = x.new_empty(tokens, b * p)
-    if not tokens:
-        return y
-    case = _case(x, u, v, bias is not None)
-    if _decodes(b, tokens):
-
-        def decode(groups: int) -> None:
-            w = _down(x, s, v, groups, (*case, groups))
-            _up(w, u, bias, y, (*case, groups))
-
-        decode(tune.pick("decode", case, _group_counts(b, tokens), decode, x.device))
-    else:
-
-        def prefill(chunk: int) -> None:
-            for start in range(0, tokens, chunk):
-                part = x[start : start + chunk]
-                inner = _case(part, u, v, bias is not None)
-                _up(_down(part, s, v, 1, inner), u, bias, y[start : start + chunk], inner)
-
-        chunks = [tokens, *(c for c in CHUNKS if c <= tokens // 2)]
-        # The whole call is 0 in the kept choice: the tokens of one bucket differ.
-        options = [0, *chunks[1:]]
-        chosen = tune.pick("chunk", case, options, lambda c: prefill(c or tokens), x.device)
-        prefill(chosen or tokens)
+    y = x.new_empty(len(x), u.shape[0] * u.shape[1])
+    if len(x):
+        with torch.cuda.device(x.get_device()):  # Triton launches on the current device
+            _forward(x, u, s, v, bias, y)
     return y
 
 
@@ -102,32 +82,61 @@ def backward(
         TypeError: mixed or unsupported dtypes.
     """
     x, u, s, v = _prepared(x, u, s, v)
-    b = len(u)
-    need_x, need_u, need_s, need_v = needs
     if not len(x):
         dx, du, ds, dv = (
             torch.zeros_like(t) if need else None
             for t, need in zip((x, u, s, v), needs, strict=True)
         )
         return dx, du, ds, dv
+    with torch.cuda.device(x.get_device()):
+        return _backward(_rows(grad), x, u, s, v, needs)
+
+
+def _forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    tokens = len(x)
+    case = _case(x, u, v, bias is not None)
+    if _decodes(len(u), tokens):
+
+        def decode(groups: int) -> None:
+            w = _down(x, s, v, groups, (*case, groups))
+            _up(w, u, bias, y, (*case, groups))
+
+        decode(tune.pick("decode", case, _group_counts(tokens), decode, x.device))
+    else:
+
+        def prefill(chunk: int) -> None:
+            size = chunk or tokens
+            for start in range(0, tokens, size):
+                part = x[start : start + size]
+                inner = _case(part, u, v, bias is not None)
+                _up(_down(part, s, v, 1, inner), u, bias, y[start : start + size], inner)
+
+        # 0 is the whole call: the token counts of one case differ.
+        chunks = [0, *(chunk for chunk in CHUNKS if chunk <= tokens // 2)]
+        prefill(tune.pick("chunk", case, chunks, prefill, x.device))
+
+
+def _backward(
+    grad: Tensor, x: Tensor, u: Tensor, s: Tensor, v: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    need_x, need_u, need_s, need_v = needs
     dx = du = ds = dv = None
     case = _case(x, u, v, False)
-    x_blocks, g_blocks = _blocks(x, b), _blocks(_rows(grad), b)
+    x_blocks, g_blocks = _blocks(x, len(u)), _blocks(grad, len(u))
     z = torch.bmm(x_blocks, v) if need_u or need_s else None
     if z is not None and need_u:
         du = torch.bmm(g_blocks.transpose(1, 2), _couple(z, s, case))
-    if not (need_x or need_s or need_v):
-        return dx, du, ds, dv
-    dw = torch.bmm(g_blocks, u)
-    if z is not None and need_s:
-        ds = _couple_gradient(dw, z, case).to(s.dtype)
-    if need_x or need_v:
-        dz = _couple(dw, s.transpose(0, 1), case)
-        if need_x:
-            dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-            torch.bmm(dz, v.transpose(1, 2), out=_blocks(dx, b))
-        if need_v:
-            dv = torch.bmm(x_blocks.transpose(1, 2), dz)
+    if need_x or need_s or need_v:
+        dw = torch.bmm(g_blocks, u)
+        if z is not None and need_s:
+            ds = _couple_gradient(dw, z, case).to(s.dtype)
+        if need_x or need_v:
+            dz = _couple(dw, s.transpose(0, 1), case)
+            if need_x:
+                dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+                torch.bmm(dz, v.transpose(1, 2), out=_blocks(dx, len(u)))
+            if need_v:
+                dv = torch.bmm(x_blocks.transpose(1, 2), dz)
     return dx, du, ds, dv
 
 
@@ -222,12 +231,12 @@ GRADIENT_CONFIGS = [
 ]
 
 
-def _group_counts(b: int, tokens: int) -> list[int]:
+def _group_counts(tokens: int) -> list[int]:
     """Into how many partial sums `down` may be split, to have enough programs for the device."""
-    most = 16 if tokens == 1 else 8
-    return [count for count in (8, 16, 4, 2, 1) if count <= most]
+    return [8, 16, 4] if tokens == 1 else [4, 2, 1]
 
 
+@lru_cache(1024)
 def _down_configs(b: int, tokens: int) -> list[k.Config]:
     """Tiles whose accumulators, one per block, need at most 128 registers per thread."""
     blocks = triton.next_power_of_2(b)
@@ -259,6 +268,7 @@ def _down_configs(b: int, tokens: int) -> list[k.Config]:
     return [CUBLAS, *(fused if b >= 8 else [])]
 
 
+@lru_cache(1024)
 def _up_configs(b: int, tokens: int) -> list[k.Config]:
     if tokens == 1:
         tiles: tuple[tuple[int, ...], ...] = (

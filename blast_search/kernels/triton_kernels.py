@@ -36,16 +36,15 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "pieces", "share"])
 def _down(
-    x, v, s, w, tokens, q, r, x_stride,
-    B: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr, SHARE: tl.constexpr,
-    TOKENS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    x, v, s, w, tokens, q, r, x_stride, pieces, share,
+    B: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, INNER: tl.constexpr,
+    RANK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # A program owns a (tokens, ranks) tile of every w_i and SHARE of the B * PIECES pieces of
-    # the input columns, PIECES per input block. Coupling is linear, so each piece is coupled at
-    # once: one loop that the compiler can pipeline, and no bubble between input blocks.
+    # A program owns a (tokens, ranks) tile of every w_i and `share` of the B * pieces pieces of
+    # the input columns, `pieces` per input block. Coupling is linear, so each piece is coupled
+    # at once: one loop that the compiler can pipeline, and no bubble between input blocks.
     rank = tl.program_id(0) * RANK + tl.arange(0, RANK)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     group = tl.program_id(2)
@@ -56,10 +55,10 @@ def _down(
     in_block = block < B
     x_row = x + token.to(tl.int64) * x_stride
     acc = tl.zeros((BLOCKS, TOKENS, RANK), tl.float32)
-    for c in tl.range(0, SHARE, num_stages=STAGES):
-        piece = group * SHARE + c
-        j = piece // PIECES
-        column = (piece % PIECES) * INNER + inner
+    for c in tl.range(0, share, num_stages=STAGES):
+        piece = group * share + c
+        j = piece // pieces
+        column = (piece % pieces) * INNER + inner
         # The last group may have pieces past the last block. Compared as vectors: the
         # interpreter does not make a mask of a vector and a scalar.
         in_inner = (column < q) & (j * q + column < B * q)
@@ -88,10 +87,10 @@ def _down(
     tl.store(w + row * r + rank[None, None, :], acc.to(w.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "blocks"])
 def _up(
-    w, u, bias, y, tokens, p, r,
-    B: tl.constexpr, GROUPS: tl.constexpr, BIAS: tl.constexpr,
+    w, u, bias, y, tokens, blocks, p, r, m,
+    GROUPS: tl.constexpr, BIAS: tl.constexpr,
     TOKENS: tl.constexpr, OUT: tl.constexpr, RANK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +102,7 @@ def _up(
     in_token = token < tokens
     u_i = u + i * p * r
     w_i = w + i.to(tl.int64) * tokens * r
-    step = B * tokens.to(tl.int64) * r  # from one group's partial sum to the next
+    step = tokens.to(tl.int64) * blocks * r  # from one group's partial sum to the next
     if TOKENS == 1:
         partial = tl.zeros((OUT, RANK), tl.float32)
         for k in tl.range(0, r, RANK, num_stages=STAGES):
@@ -133,7 +132,7 @@ def _up(
             acc = _dot(w_tile.to(u.dtype.element_ty), u_tile, acc, PRECISION, UPCAST)
     if BIAS:
         acc += tl.load(bias + i * p + out, in_out, 0.0).to(tl.float32)[None, :]
-    target = y + token.to(tl.int64)[:, None] * (B * p) + (i * p + out)[None, :]
+    target = y + token.to(tl.int64)[:, None] * m + (i * p + out)[None, :]
     tl.store(target, acc.to(y.dtype.element_ty), in_token[:, None] & in_out[None, :])
 
 
@@ -212,8 +211,12 @@ def _numbers(x: Tensor) -> dict[str, Any]:
     }
 
 
-def _effort(config: Config) -> dict[str, int]:
-    return {"num_warps": config["warps"], "num_stages": config["stages"]}
+def _effort(config: Config) -> dict[str, Any]:
+    return {
+        "num_warps": config["warps"],
+        "num_stages": config["stages"],
+        "enable_fp_fusion": True,  # fused multiply-adds; Triton's default is about to change
+    }
 
 
 def down(x: Tensor, v: Tensor, s: Tensor, w: Tensor, config: Config) -> None:
@@ -228,9 +231,8 @@ def down(x: Tensor, v: Tensor, s: Tensor, w: Tensor, config: Config) -> None:
     ranks, inner = _tile(r, config["rank"]), _tile(q, config["inner"])
     pieces = triton.cdiv(q, inner)
     _down[(triton.cdiv(r, ranks), triton.cdiv(tokens, rows), groups)](
-        x, v, s, w, tokens, q, r, x.stride(0),
-        B=b, BLOCKS=triton.next_power_of_2(b), PIECES=pieces,
-        SHARE=triton.cdiv(b * pieces, groups), TOKENS=rows, INNER=inner, RANK=ranks,
+        x, v, s, w, tokens, q, r, x.stride(0), pieces, triton.cdiv(b * pieces, groups),
+        B=b, BLOCKS=triton.next_power_of_2(b), TOKENS=rows, INNER=inner, RANK=ranks,
         STAGES=config["stages"], **_numbers(x), **_effort(config),
     )  # fmt: skip
 
@@ -242,8 +244,8 @@ def up(w: Tensor, u: Tensor, bias: Tensor | None, y: Tensor, config: Config) -> 
     rows = 1 if config["tokens"] == 1 else _tile(tokens, config["tokens"])
     columns = config["out"] if rows == 1 else _tile(p, config["out"])
     _up[(triton.cdiv(p, columns), triton.cdiv(tokens, rows), b)](
-        w, u, y if bias is None else bias, y, tokens, p, r,
-        B=b, GROUPS=groups, BIAS=bias is not None,
+        w, u, y if bias is None else bias, y, tokens, b, p, r, y.shape[1],
+        GROUPS=groups, BIAS=bias is not None,
         TOKENS=rows, OUT=columns, RANK=_tile(r, config["inner"]),
         STAGES=config["stages"], **_numbers(u), **_effort(config),
     )  # fmt: skip

@@ -23,9 +23,9 @@ from blast_search.files import write_json
 from blast_search.latency import environment, fingerprint
 
 T = TypeVar("T")
-MILLISECONDS = {"warmup": 5, "rep": 30}  # per candidate
+MILLISECONDS = {"warmup": 3, "rep": 15}  # per candidate
 
-_chosen: dict[Hashable, Any] = {}
+_chosen: dict[tuple[str, tuple[Hashable, ...], torch.device], Any] = {}
 
 
 def pick(
@@ -69,6 +69,11 @@ def pick(
         write_json(path, {**_read(path), key: choice})
     _chosen[known] = choice
     return choice
+
+
+def chosen() -> dict[tuple[str, tuple[Hashable, ...], torch.device], Any]:
+    """What this process chose by measurement so far: (name, case, device) -> candidate."""
+    return dict(_chosen)
 
 
 def _milliseconds(run: Callable[[T], object], candidate: T) -> float:
