@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 
 import pytest
@@ -16,8 +17,10 @@ import torch
 
 from blast_search.matrix import to_dense
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are defined
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:  # which reads the variable when it defines its own functions
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+    os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -26,14 +29,16 @@ from blast_search.kernels import triton_kernels as k
 from blast_search.kernels import triton_tune as tune
 
 INTERPRETED = type(k._down).__name__ == "InterpretedFunction"
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+# Triton 3.6's interpreter; with numpy 2.4 and later it cannot run loops at all.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # ||error|| / ||y||
 SHAPES = [  # m, n, b, r
     (8, 8, 1, 3), (12, 8, 2, 1), (48, 24, 3, 7), (24, 48, 4, 24), (40, 144, 8, 9), (64, 32, 16, 2),
 ]  # fmt: skip
-PLAIN, WIDE = (24, 48, 4, 24), (40, 144, 8, 9)
+PLAIN = (24, 48, 4, 24)
+# Several tiles along every axis, none of them full; at b = 8 the fused prefill kernel exists.
+TILED, WIDE = (150, 280, 2, 140), (40, 1120, 8, 40)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -102,6 +107,11 @@ def check_forward(shape, tokens, dtype, device):
     assert_close(kernel.forward(x, u, s, v, bias=bias), oracle(x, u, s, v, bias), dtype)
 
 
+def check_once(shape, tokens, dtype, device):
+    x, u, s, v, bias = case(shape, tokens, dtype, device)
+    assert_close(kernel.forward(x, u, s, v, bias=bias), oracle(x, u, s, v, bias), dtype)
+
+
 def check_backward(shape, tokens, dtype, device):
     tensors = case(shape, tokens, dtype, device)[:4]
     grad = torch.randn(tokens, shape[0]).to(device, dtype)
@@ -127,37 +137,37 @@ def test_gradients_equal_dense(shape, tokens, dtype, device):
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-@pytest.mark.parametrize("shape", [PLAIN, WIDE])
+@pytest.mark.parametrize("shape", [TILED, SHAPES[4]])
 def test_every_decode_candidate(shape, tokens, device, choose):
     b = shape[2]
     for groups in kernel._group_counts(tokens):
         choose({"decode": groups})
-        check_forward(shape, tokens, torch.float32, device)
+        check_once(shape, tokens, torch.float32, device)
     for config in kernel._down_configs(b, tokens):
         choose({"decode": 2, "down": config})
-        check_forward(shape, tokens, torch.float32, device)
+        check_once(shape, tokens, torch.float32, device)
     for config in kernel._up_configs(b, tokens):
         choose({"decode": 2, "down": kernel._down_configs(b, tokens)[0], "up": config})
-        check_forward(shape, tokens, torch.float32, device)
+        check_once(shape, tokens, torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_prefill_candidate(dtype, device, choose):
     for config in kernel._down_configs(8, 70):
         choose({"down": config})
-        check_forward(WIDE, 70, dtype, device)
-    for config in kernel._up_configs(8, 70):
+        check_once(WIDE, 70, dtype, device)
+    for config in kernel._up_configs(2, 150):
         choose({"down": kernel.CUBLAS, "up": config})
-        check_forward(WIDE, 70, dtype, device)
+        check_once(TILED, 150, dtype, device)
     for config in kernel.COUPLE_CONFIGS:
         choose({"up": kernel.CUBLAS, "couple": config})
-        check_forward(WIDE, 70, dtype, device)
-    for chunk in (16, 32):
+        check_once(TILED, 150, dtype, device)
+    for chunk in (16, 64):
         choose({"chunk": chunk})
-        check_forward(WIDE, 70, dtype, device)
+        check_once(TILED, 150, dtype, device)
 
 
-@pytest.mark.parametrize("shape", [PLAIN, WIDE])
+@pytest.mark.parametrize("shape", [TILED, WIDE])
 def test_every_gradient_candidate(shape, device, choose):
     for config in kernel.GRADIENT_CONFIGS:
         choose({"couple_gradient": {**config, "programs": 3}})  # so that a case has several parts
@@ -304,12 +314,12 @@ def test_tuning_tries_every_candidate_of_a_call(tokens, table, monkeypatch):
     monkeypatch.setattr(tune, "_milliseconds", clock)
     monkeypatch.setattr(tune, "pick", lambda *arguments: real(*arguments[:-1], CUDA))
     for _ in range(2):  # the second time from the file
-        check_forward(WIDE, tokens, torch.float32, "cpu")
+        check_once(SHAPES[4], tokens, torch.float32, "cpu")
         tune._chosen.clear()
     configs = [*kernel._down_configs(8, tokens), *kernel._up_configs(8, tokens)]
     assert all(config in tried for config in configs)
     count = len(tried)
-    check_forward(WIDE, tokens, torch.float32, "cpu")
+    check_once(SHAPES[4], tokens, torch.float32, "cpu")
     assert len(tried) == count
 
 
