@@ -134,7 +134,8 @@ def test_kernel_choice_is_explicit():
     assert choose(4, 4, torch.float32, "cpu") == "torch"  # less than one vector
     assert choose(64, 64, torch.float32, "cpu") == "torch"
     assert choose(4, 64, torch.float64, "cpu") == "torch"
-    assert choose(4, 64, torch.float16, "cuda") == "torch"
+    assert choose(4, 64, torch.float16, "cuda") == "triton"
+    assert choose(4, 64, torch.float64, "cuda") == "torch"
     assert kernels.label("numba").startswith("numba-")
     assert kernels.label("numba") != kernels.label("torch")
     with pytest.raises(ValueError, match="expected one of lowrank"):

@@ -6,7 +6,8 @@
 `choose` names the implementation for a case; the name, with a hash of its source, is part of a
 latency cell's key, so a latency measured with one kernel is never used for another.
 
-The composed kernels are two batched matrix products with the coupling step in between:
+"triton" (kernels/triton.py) has a forward and a backward of its own.  The others are two batched
+matrix products with the coupling step in between:
 
     z_j = x_j V_j      w_i = sum_j s_ij * z_j      y_i = w_i U_i^T + bias_i
 
@@ -19,6 +20,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +33,7 @@ SOURCES = {
     "lowrank": (),
     "torch": ("reference.py",),
     "numba": ("cpu.py", "vectors.py"),
+    "triton": ("triton.py", "triton_kernels.py", "triton_tune.py"),
 }
 
 # Tokens per pass on the CPU: z and w of one pass stay in the cache.
@@ -39,9 +42,11 @@ CPU_CHUNK = 512
 
 @functools.cache
 def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str) -> str:
-    """The kernel for a case: "lowrank" (b = 1: two plain products), "numba" or "torch"."""
+    """The kernel for a case, a key of SOURCES; "lowrank" (b = 1) is two plain products."""
     if num_blocks == 1:
         return "lowrank"
+    if device_type == "cuda" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return "triton" if find_spec("triton") else "torch"
     if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from blast_search.kernels import cpu
 
@@ -74,11 +79,15 @@ def coupling(name: str) -> ModuleType:
 def forward(
     x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, name: str, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x A^T + bias of a composed kernel; shapes as in the legend (matrix.py).
+    """y = x A^T + bias by a kernel of `choose`; shapes as in the legend (matrix.py).
 
     Returns:
         y (T, m), and z (b, T, r) for `backward` if `keep`.
     """
+    if name == "triton":
+        from blast_search.kernels import triton
+
+        return triton.forward(x, u, s, v, bias=bias), None
     couple: Callable[[Tensor, Tensor], Tensor] = coupling(name).couple
     b, p, _ = u.shape
     tokens, n = x.shape
@@ -121,6 +130,10 @@ def backward(
 
     z is computed again where it was not kept; w always is: a coupling costs less than its memory.
     """
+    if name == "triton":
+        from blast_search.kernels import triton
+
+        return triton.backward(grad, x, u, s, v, needs)
     module = coupling(name)
     (b, p, _), q = u.shape, v.shape[1]
     tokens = len(x)
