@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from blast_search import kernels
 
 if TYPE_CHECKING:
-    from blast_search.factorize import Factors
+    from blast_search.factors import Factors
 
 # Tokens per pass on the CPU: z and w of one pass stay in the cache.
 CPU_CHUNK = 512

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from blast_search import BlastLinear, factorize
 from blast_search.errors import IncompatibleInputError
-from blast_search.factorize import Factors, low_rank_basis, regularised
+from blast_search.factors import Factors
+from blast_search.gram import regularised
+from blast_search.lowrank import low_rank_basis
 from blast_search.matrix import to_dense
 
 
