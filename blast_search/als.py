@@ -30,12 +30,15 @@ from torch import Tensor
 
 from blast_search.factors import Triple
 from blast_search.gram import diagonal_blocks
+from blast_search.spd import cholesky, conjugate_gradients, default_ridge, solve, unit_scales
 
 OMEGA = 1.9  # 1.7 is 1 to 3 % worse at 30 sweeps, 1.95 at 10
 FULL_OMEGA = 1.7  # V goes block by block there: 1.9 is 1 to 2 % worse
 CG_STEPS = 6  # for couplings under a full Gram: as good per sweep as the exact solve
+FLOOR = 1e-5  # relative squared error at which float32 sums stop telling better from worse
 STALL = 1e-4  # relative decrease of the loss per sweep below which a layer is done
 START_SWEEPS = 8  # on the Gram's diagonal blocks, before the full Gram
+CACHE = 1 << 18  # numbers
 RACE_SWEEPS = 2  # for choosing between two starts
 
 OnSweep = Callable[[Tensor], None]  # gets the relative squared errors (l,)
@@ -99,12 +102,21 @@ class BlockProblem:
     def sweep(self, state: State, omega: Tensor) -> State:
         u, s, v, av = state.tensors
         gram_u, gram_v = u.mT @ u, v.mT @ v
-        dots = (av * u.unsqueeze(1)).sum(3).transpose(1, 2)  # (l, i, j, r)
-        moves = []
-        for i in range(self.b):  # row by row: b matrices of r x r at a time, not b^2
-            h = gram_u[:, i, None] * gram_v
-            moves.append(solve(h, dots[:, i, ..., None] - h @ s[:, i, ..., None]).squeeze(-1))
-        s = s + omega * torch.stack(moves, 1)
+        # H_ij = (U_i^T U_i) * (V_j^T V_j), in variables that give it a unit diagonal.
+        scale_u, scale_v = unit_scales(gram_u), unit_scales(gram_v)  # (l, b, r)
+        unit_u = gram_u * scale_u[..., None] * scale_u[..., None, :]
+        unit_v = gram_v * scale_v[..., None] * scale_v[..., None, :]
+        scale = scale_u.unsqueeze(2) * scale_v.unsqueeze(1)  # (l, i, j, r)
+        dots = (av * u.unsqueeze(1)).sum(3).transpose(1, 2) * scale
+        scaled = s / scale
+        move = torch.empty_like(s)
+        for i in range(self.b):
+            for j in _chunks(self.b, unit_v[:, 0]):
+                h = unit_u[:, i, None] * unit_v[:, j]
+                rest = dots[:, i, j, :, None] - h @ scaled[:, i, j, :, None]
+                root = cholesky(h, default_ridge(h))
+                move[:, i, j] = torch.cholesky_solve(rest, root).squeeze(-1)
+        s = s + omega * scale * move
         u = _step(u, _mix(s, gram_v), (av * s.transpose(1, 2).unsqueeze(3)).sum(1), omega)
         rhs = (self.times_u(u) * s.unsqueeze(3)).sum(1)
         v = _step(v, _mix(s.transpose(1, 2), u.mT @ u), rhs, omega)
@@ -155,7 +167,7 @@ class FullProblem:
         for i in range(self.b):
             h = (k * gram_u[:, i, None, :, None, :]).flatten(3).flatten(1, 2)  # (l, b r, b r)
             rest = dots[:, i].flatten(1)[..., None] - h @ s[:, i].flatten(1)[..., None]
-            moves.append(_conjugate_gradients(h, rest).reshape(s[:, i].shape))
+            moves.append(conjugate_gradients(h, rest, CG_STEPS).reshape(s[:, i].shape))
         s = s + omega * torch.stack(moves, 1)
         rhs = (agv * s.transpose(1, 2).unsqueeze(3)).sum(1)
         u = _step(u, self.row_gram(s, k), rhs, omega)
@@ -191,7 +203,7 @@ def fit(
     Returns:
         The factors, never worse than any start, and their relative squared errors (l,).
     """
-    roots = None if gram is None else _cholesky(diagonal_blocks(gram, b), 0.0)
+    roots = None if gram is None else cholesky(diagonal_blocks(gram, b), 0.0)
     problem: BlockProblem | FullProblem = BlockProblem(a, b, roots)
     if full and gram is not None and roots is not None:
         starts = list(starts)
@@ -221,10 +233,11 @@ def alternate(
 ) -> State:
     """Sweep until all layers stall; the best state seen is kept, so no layer's loss ever rises.
 
-    Each layer's last sweep is at omega = 1.
+    Each layer's last sweep is at omega = 1.  In float32, layers also stop at `FLOOR`.
     """
+    floor = 0 if best.tensors[0].dtype == torch.float64 else FLOOR * problem.norm
     last = torch.zeros_like(best.loss, dtype=torch.bool)  # this sweep ends the layer's fit
-    done = last
+    done = best.loss < floor
     for sweep in range(sweeps):
         last = last | (sweep == sweeps - 1)
         omega = torch.where(last, 1.0, problem.omega).to(best.tensors[0].dtype)
@@ -233,56 +246,12 @@ def alternate(
         gain = torch.where(better, best.loss - state.loss, 0)
         best = state.where(better, best)
         if on_sweep:
-            on_sweep(best.loss / problem.norm)
-        done = done | last
+            on_sweep(torch.clamp(best.loss, min=floor) / problem.norm)
+        done = done | last | (best.loss < floor)
         last = last | (gain < STALL * best.loss)
         if bool(done.all()):
             break
     return best
-
-
-def solve(h: Tensor, rhs: Tensor, ridge: float | None = None) -> Tensor:
-    """h^-1 rhs for positive semi-definite h (..., r, r), by Cholesky after Jacobi scaling.
-
-    The ridge is relative to the unit diagonal.  Default: as large as float32 rounding can hurt;
-    with 1e-6 there, late sweeps at omega = 1.9 rose by 1e-4 of the loss.
-    """
-    if ridge is None:
-        ridge = 1e-12 if h.dtype == torch.float64 else 1e-4
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    scale = diagonal.clamp_min(torch.finfo(h.dtype).tiny).rsqrt().unsqueeze(-1)
-    root = _cholesky(h * scale * scale.mT, ridge)
-    return scale * torch.cholesky_solve(scale * rhs, root)
-
-
-def _cholesky(h: Tensor, ridge: float) -> Tensor:
-    """The root of h plus ridge * I, with as much more ridge as it takes (unit diagonal)."""
-    for _ in range(5):
-        shifted = h.clone()
-        shifted.diagonal(dim1=-2, dim2=-1).add_(ridge)
-        root, info = torch.linalg.cholesky_ex(shifted)
-        if not bool(info.any()):
-            break
-        ridge = max(100 * ridge, 10 * torch.finfo(h.dtype).eps)
-    return cast(Tensor, root)
-
-
-def _conjugate_gradients(h: Tensor, rhs: Tensor) -> Tensor:
-    """`CG_STEPS` Jacobi-preconditioned steps towards h^-1 rhs, for rhs (l, k, 1)."""
-    tiny = torch.finfo(h.dtype).tiny
-    inverse = 1 / h.diagonal(dim1=-2, dim2=-1).clamp_min(tiny).unsqueeze(-1)
-    x = torch.zeros_like(rhs)
-    residual, direction = rhs, inverse * rhs
-    rho = (residual * direction).sum(1, keepdim=True)
-    for _ in range(CG_STEPS):
-        hd = h @ direction
-        alpha = rho / (direction * hd).sum(1, keepdim=True).clamp_min(tiny)
-        x = x + alpha * direction
-        residual = residual - alpha * hd
-        z = inverse * residual
-        old, rho = rho, (residual * z).sum(1, keepdim=True)
-        direction = z + rho / old.clamp_min(tiny) * direction
-    return x
 
 
 def _step(x: Tensor, h: Tensor, rhs: Tensor, omega: Tensor) -> Tensor:
@@ -292,11 +261,18 @@ def _step(x: Tensor, h: Tensor, rhs: Tensor, omega: Tensor) -> Tensor:
 
 def _mix(s: Tensor, k: Tensor) -> Tensor:
     """sum_j (s_ij s_ij^T) * k_j for s (l, i, j, r) and k (l, j, r, r): (l, i, r, r)."""
-    terms = (s[:, :, j, :, None] * k[:, j, None] * s[:, :, j, None, :] for j in range(s.shape[2]))
-    total = next(terms)
-    for term in terms:
-        total += term
+    total = s.new_zeros(*s.shape[:2], *k.shape[2:])
+    for i in _chunks(s.shape[1], k[:, 0]):
+        for j in range(s.shape[2]):
+            left = k[:, j, None] * s[:, i, j, :, None]
+            total[:, i].addcmul_(left, s[:, i, j, None])
     return total
+
+
+def _chunks(count: int, one: Tensor) -> list[slice]:
+    """Slices of 0 .. count, so that tensors of so many times `one` stay in a CPU's cache."""
+    step = max(1, (CACHE if one.device.type == "cpu" else count * one.numel()) // one.numel())
+    return [slice(first, first + step) for first in range(0, count, step)]
 
 
 def _loss(norm: Tensor, u: Tensor, s: Tensor, h: Tensor, av: Tensor) -> Tensor:

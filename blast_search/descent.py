@@ -11,14 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blast_search.als import solve
 from blast_search.factors import Triple
 from blast_search.matrix import to_dense
+from blast_search.spd import solve
 
 PRECGD_SWEEPS = ADAM_SWEEPS = 300
 DELTA = 0.1  # damping relative to the residual's norm
 INIT = 0.001
-ADAM_RATE = 0.01  # of a weight scaled to unit variance; decays linearly to 0
+ADAM_RATE = 0.03  # of a weight scaled to unit variance; decays linearly to 0
 
 OnStep = Callable[[float], None]  # gets the relative squared error
 
@@ -105,8 +105,9 @@ def adam(
             u, s, v = parameters
             e = to_dense(u, s, v) - a
             loss = ((e if gram is None else e @ gram) * e).sum() / norm
-            if float(loss) < best:
-                best = float(loss)
+            value = float(loss.detach())
+            if value < best:
+                best = value
                 root = scale**0.5
                 kept = (u.detach() * root, s.detach().clone(), v.detach() * root)
             if on_step and sweep:

@@ -13,6 +13,7 @@ Shapes: matrix.py's legend.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -24,10 +25,10 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.factors import Factors, Triple, balanced, relative_error
 from blast_search.gram import Whitening, cut, diagonal_blocks, regularised, warn_if_singular
 from blast_search.lowrank import LowRankBasis, whitened_svd
+from blast_search.matrix import to_dense
 
 SWEEPS = 30
 GRID_SWEEPS = 8  # per further rank of a grid
-FLOOR = 1e-5  # relative squared error below which float32 sums no longer tell better from worse
 BATCH_BYTES = 1 << 30
 
 Method = Literal["als", "precgd", "adam"]
@@ -168,38 +169,43 @@ def factorize_grid(
 ) -> dict[int, Factors]:
     """Factors at several ranks for little more than the largest one's time.
 
-    The largest rank is fitted as by factorize.  Each smaller one starts from the components of
-    the rank above that matter most, or from the low-rank matrix of its own rank where that does
-    better in two sweeps, and takes GRID_SWEEPS.  The order of the ranks does not matter.
+    From the smallest rank up: it is fitted as by factorize; each next one adds the best low-rank
+    matrix of what the one below leaves over, and takes GRID_SWEEPS sweeps.  Six ranks of real
+    layers took 1.2 to 1.7 times the largest's time (one by one: 3 to 4 times) and ended between
+    what factorize reaches in 10 and in 30 sweeps.  (Going down, from the
+    strongest components of the rank above, ended worse than 10 sweeps from the SVD.)
 
     Returns:
-        rank -> Factors, each never worse than the best matrix of that rank.
+        rank -> Factors, each never worse than the best matrix of that rank.  They depend on the
+        set of ranks.
 
     Raises, Warns:
         as factorize.
     """
-    descending = sorted(set(ranks), reverse=True)
-    if not descending:
+    ascending = sorted(set(ranks))
+    if not ascending:
         return {}
-    a, g = _checked(weight, num_blocks, descending[-1], gram)
+    a, g = _checked(weight, num_blocks, ascending[0], gram)
     if gram is not None:
         warn_if_singular(gram, name)
-    basis = whitened_svd(a, g, descending[0])
+    basis = whitened_svd(a, g, ascending[-1])
     if num_blocks == 1:
-        starts = [basis.factors(r) for r in descending]
+        starts = [basis.factors(r) for r in ascending]
         return {
             r: _finished(a, g, (f.U, f.S, f.V), normal=False)
-            for r, f in zip(descending, starts, strict=True)
+            for r, f in zip(ascending, starts, strict=True)
         }
     full = _is_full(gram)
     result: dict[int, Factors] = {}
-    for rank in descending:
-        starts, count = [basis.factors(rank, num_blocks)], sweeps
-        if result:
-            starts.append(_truncated(result[min(result)], rank, g))
-            count = min(GRID_SWEEPS, sweeps)
-        fitted = _fit([a], num_blocks, [starts], [g], full, count, rough=not result)[0]
-        result[rank] = _finished(a, g, fitted)
+    below: Factors | None = None
+    for rank in ascending:
+        start, count, rough = basis.factors(rank, num_blocks), sweeps, True
+        if below:
+            extended, lost = _extended(a, g, below, rank)
+            if lost <= basis.error(rank) ** 2 * basis.total:
+                start, count, rough = extended, min(GRID_SWEEPS, sweeps), False
+        fitted = _fit([a], num_blocks, [[start]], [g], full, count, rough=rough)[0]
+        result[rank] = below = _finished(a, g, fitted)
     return result
 
 
@@ -243,7 +249,7 @@ def _fit(
     g = torch.stack(present) if present else None
     stacked = [_stack(layers) for layers in zip(*starts, strict=True)]
     factors, loss = als.fit(a, b, stacked, g, full, sweeps, report, rough)
-    poor = ~(loss > FLOOR)
+    poor = ~(loss > als.FLOOR)
     if a.dtype != torch.float64 and bool(poor.any()):
         at = poor.nonzero().squeeze(1)
         refined, _ = als.fit(
@@ -293,15 +299,16 @@ def _precgd(
     return u, s, torch.linalg.solve_triangular(roots.mT, v, upper=True)
 
 
-def _truncated(factors: Factors, rank: int, gram: Tensor | None) -> Factors:
-    """The `rank` components of largest norm, in the norm of the Gram's diagonal blocks."""
-    v = factors.V
-    gv = v if gram is None else diagonal_blocks(gram, len(v)) @ v
-    energy = torch.einsum(
-        "ia,ija,ja->a", factors.U.square().sum(1), factors.S.square(), (v * gv).sum(1)
+def _extended(a: Tensor, gram: Tensor | None, below: Factors, rank: int) -> tuple[Factors, float]:
+    """`below` plus the best low-rank matrix of its residual, and the squared error left."""
+    more = rank - below.S.shape[-1]
+    basis = whitened_svd(a - to_dense(below.U, below.S, below.V), gram, more)
+    extra = basis.factors(more, len(below.V))
+    u, v, s = (
+        torch.cat(pair, -1)
+        for pair in ((below.U, extra.U), (below.V, extra.V), (below.S, extra.S))
     )
-    kept = energy.topk(rank).indices
-    return Factors(factors.U[..., kept], v[..., kept], factors.S[..., kept], factors.error)
+    return Factors(u, v, s, math.nan), basis.error(more) ** 2 * basis.total
 
 
 def _bytes(a: Tensor, b: int, rank: int, full: bool) -> int:
