@@ -13,7 +13,7 @@ form, x += omega H^-1 (rhs - H x): rounding and ridge then slow a step down, but
 Tried on real weights and dropped: momentum across sweeps (with omega 1.3 as good as omega 1.9
 alone, but needs restarts), a second S step per sweep (at b = 16 half as much time again for a
 worse fit), omega going linearly to 0 as published (3 % worse at 30 sweeps), conjugate gradients
-for the r x r systems (no faster than Cholesky, up to r = 992).
+for the r x r systems (no faster than Cholesky up to r = 152).
 
 Letters in einsum and comments: l layer; i, j block row and column; p, q row and column in a
 block; a, c component.
@@ -32,11 +32,11 @@ from blast_search.factors import Triple
 from blast_search.gram import diagonal_blocks
 from blast_search.spd import cholesky, conjugate_gradients, default_ridge, solve, unit_scales
 
-OMEGA = 1.9  # 1.7 is 1 to 3 % worse at 30 sweeps, 1.95 at 10
+OMEGA = 1.9  # 1.7 is 0.5 to 2 % worse at 30 sweeps, 1.95 up to 1 % at 10
 FULL_OMEGA = 1.7  # V goes block by block there: 1.9 is 1 to 2 % worse
 CG_STEPS = 6  # for couplings under a full Gram: as good per sweep as the exact solve
 FLOOR = 1e-5  # relative squared error at which float32 sums stop telling better from worse
-STALL = 1e-4  # relative decrease of the loss per sweep below which a layer is done
+STALL = 1e-5  # relative decrease per sweep that ends a fit; the SVD start is a plateau: not 1e-4
 START_SWEEPS = 8  # on the Gram's diagonal blocks, before the full Gram
 CACHE = 1 << 18  # numbers
 RACE_SWEEPS = 2  # for choosing between two starts
@@ -201,7 +201,8 @@ def fit(
         rough: with a full Gram, also start from a fit to its diagonal blocks.
 
     Returns:
-        The factors, never worse than any start, and their relative squared errors (l,).
+        The factors, never worse than any start, and which layers (l,) are out of the precision's
+        reach: at `FLOOR`, or a sweep failed to descend (Grams with a few huge eigenvalues).
     """
     roots = None if gram is None else cholesky(diagonal_blocks(gram, b), 0.0)
     problem: BlockProblem | FullProblem = BlockProblem(a, b, roots)
@@ -210,19 +211,19 @@ def fit(
         if rough:
             # The better start on most real layers, even where its own loss is the higher one;
             # on strongly correlated inputs the low-rank start wins.
-            state = alternate(problem, problem.start(starts[0]), START_SWEEPS)
+            state, _ = alternate(problem, problem.start(starts[0]), START_SWEEPS)
             starts.append(problem.factors(state))
         problem = FullProblem(a, b, gram, roots)
     states = [problem.start(start) for start in starts]
     if len(states) > 1:
         race = min(RACE_SWEEPS, sweeps)
-        states = [alternate(problem, state, race) for state in states]
+        states = [alternate(problem, state, race)[0] for state in states]
         sweeps -= race
     best = states[0]
     for state in states[1:]:
         best = state.where(state.loss < best.loss, best)
-    best = alternate(problem, best, sweeps, on_sweep)
-    return problem.factors(best), best.loss / problem.norm
+    best, failed = alternate(problem, best, sweeps, on_sweep)
+    return problem.factors(best), failed | ~(best.loss > FLOOR * problem.norm)
 
 
 def alternate(
@@ -230,19 +231,24 @@ def alternate(
     best: State,
     sweeps: int,
     on_sweep: OnSweep | None = None,
-) -> State:
+) -> tuple[State, Tensor]:
     """Sweep until all layers stall; the best state seen is kept, so no layer's loss ever rises.
 
     Each layer's last sweep is at omega = 1.  In float32, layers also stop at `FLOOR`.
+
+    Returns:
+        The best state, and which layers (l,) stopped because an over-relaxed sweep failed.
     """
     floor = 0 if best.tensors[0].dtype == torch.float64 else FLOOR * problem.norm
     last = torch.zeros_like(best.loss, dtype=torch.bool)  # this sweep ends the layer's fit
+    failed = last
     done = best.loss < floor
     for sweep in range(sweeps):
         last = last | (sweep == sweeps - 1)
         omega = torch.where(last, 1.0, problem.omega).to(best.tensors[0].dtype)
         state = problem.sweep(best, omega[:, None, None, None])
         better = (state.loss < best.loss) & ~done  # false for NaN: rounding has the last word
+        failed = failed | ~(better | done | last)
         gain = torch.where(better, best.loss - state.loss, 0)
         best = state.where(better, best)
         if on_sweep:
@@ -251,7 +257,7 @@ def alternate(
         last = last | (gain < STALL * best.loss)
         if bool(done.all()):
             break
-    return best
+    return best, failed
 
 
 def _step(x: Tensor, h: Tensor, rhs: Tensor, omega: Tensor) -> Tensor:

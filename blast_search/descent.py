@@ -1,6 +1,7 @@
 """Gradient methods, kept as references: the published PrecGD, and Adam.
 
-Both need 10 to 30 times the time of als.py for the same error (benchmarks/factorize.py).
+For the same error, PrecGD needs about 10 times the time of als.py and more, Adam about 3 times
+(benchmarks/factorize.py).
 """
 
 from __future__ import annotations

@@ -248,8 +248,7 @@ def _fit(
     present = [g for g in grams if g is not None]
     g = torch.stack(present) if present else None
     stacked = [_stack(layers) for layers in zip(*starts, strict=True)]
-    factors, loss = als.fit(a, b, stacked, g, full, sweeps, report, rough)
-    poor = ~(loss > als.FLOOR)
+    factors, poor = als.fit(a, b, stacked, g, full, sweeps, report, rough)
     if a.dtype != torch.float64 and bool(poor.any()):
         at = poor.nonzero().squeeze(1)
         refined, _ = als.fit(
