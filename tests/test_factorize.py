@@ -244,15 +244,14 @@ def test_planted_matrices_are_recovered():
 
 
 def test_float64_takes_over_where_float32_cannot_descend():
-    """A few huge eigenvalues, as outlier channels have them: float32 ends at its start."""
+    """One huge eigenvalue, as outlier channels make it: float32 alone ends 4 % higher."""
     weight, gram = weight_and_gram()
-    x = torch.randn(4, 64)
-    gram = gram / gram.diagonal().mean() + 1e4 * x.T @ x
-    for b in (2, 4):
-        single = factorize(weight, b, 12, gram)
-        double = factorize(weight.double(), b, 12, gram.double())
-        assert single.U.dtype == torch.float32
-        assert single.error <= 1.02 * double.error + 1e-5
+    x = torch.randn(1, 64)
+    gram = gram / gram.diagonal().mean() + 1e5 * x.T @ x
+    single = factorize(weight, 2, 12, gram)
+    double = factorize(weight.double(), 2, 12, gram.double())
+    assert single.U.dtype == torch.float32
+    assert single.error <= 1.01 * double.error
 
 
 def test_float64_stays():
