@@ -17,7 +17,8 @@ The pipeline, in order:
 from blast_search.space import Candidate, SearchSpace, load_space  # isort: skip
 from blast_search.layers import find_layers  # isort: skip
 from blast_search.matrix import BlastLinear, blast_matmul  # isort: skip
-from blast_search.factorize import Factors, factorize  # isort: skip
+from blast_search.factors import Factors  # isort: skip
+from blast_search.factorize import factorize, factorize_grid, factorize_many  # isort: skip
 from blast_search.plan import Plan  # isort: skip
 from blast_search.apply import apply, load, save  # isort: skip
 from blast_search.evaluate import Task, evaluate  # isort: skip
@@ -39,6 +40,8 @@ __all__ = [
     "blast_matmul",
     "evaluate",
     "factorize",
+    "factorize_grid",
+    "factorize_many",
     "find_layers",
     "load",
     "load_space",

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from blast_search.errors import IncompatibleInputError
-from blast_search.factorize import Factors, LowRankBasis, factorize, low_rank_basis
+from blast_search.factorize import factorize
+from blast_search.factors import Factors
 from blast_search.layers import dense_weight, get_modules
+from blast_search.lowrank import LowRankBasis, low_rank_basis
 from blast_search.matrix import BlastLinear
 from blast_search.plan import Choices
 from blast_search.space import Candidate, LayerSpec
@@ -48,6 +50,7 @@ class Fitter:
                     dense_weight(self.dense[name]),
                     self._grams.get(name),
                     self._max_ranks.get(name, 0),
+                    name,
                 )
             except IncompatibleInputError as error:
                 raise IncompatibleInputError(f"layer {name}: {error}") from error

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from blast_search import product
 
 if TYPE_CHECKING:
-    from blast_search.factorize import Factors
+    from blast_search.factors import Factors
 
 
 def to_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:

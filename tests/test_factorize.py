@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from blast_search import BlastLinear, factorize
+from blast_search import BlastLinear, als, descent, factorize, factorize_grid, factorize_many
 from blast_search.errors import IncompatibleInputError
-from blast_search.factorize import Factors, low_rank_basis, regularised
+from blast_search.factors import Factors, relative_error
+from blast_search.gram import SingularGramWarning, cut, diagonal_blocks, regularised
+from blast_search.lowrank import low_rank_basis, whitened_svd
 from blast_search.matrix import to_dense
 
 
@@ -89,13 +94,29 @@ def test_exact_cases():
     assert tall.error < 1e-3
 
 
-def test_singular_gram_is_handled():
+@pytest.mark.parametrize("b", [1, 4])
+@pytest.mark.parametrize("whitening", ["full", "block", "diagonal"])
+def test_singular_gram_warns_and_works(b, whitening):
     weight, _ = weight_and_gram()
     x = torch.randn(5, 64)  # far fewer tokens than features
-    for b in (1, 4):
-        factors = factorize(weight, b, 8, x.T @ x)
-        assert all(bool(t.isfinite().all()) for t in (factors.U, factors.V, factors.S))
-        assert factors.error < 1
+    with pytest.warns(SingularGramWarning, match=r"layer encoder\.0: the Gram"):
+        factors = factorize(weight, b, 8, x.T @ x, whitening=whitening, name="encoder.0")
+    assert all(bool(t.isfinite().all()) for t in (factors.U, factors.V, factors.S))
+    assert factors.error < 1
+    gram = weight_and_gram()[1]
+    gram[7], gram[:, 7] = 0, 0
+    with pytest.warns(SingularGramWarning, match="1 of 64 inputs are always zero"):
+        factorize(weight, b, 8, gram)
+
+
+def test_rank_deficiency_by_one_is_seen_and_bad_scaling_is_not():
+    weight, _ = weight_and_gram()
+    x = torch.randn(63, 64)
+    with pytest.warns(SingularGramWarning):
+        low_rank_basis(weight, x.T @ x, name="a")
+    x = torch.randn(200, 64) * torch.logspace(-3, 3, 64)
+    with warnings.catch_warnings(action="error"):
+        low_rank_basis(weight, x.T @ x)
 
 
 def test_factors_are_balanced_and_sorted():
@@ -126,9 +147,229 @@ def test_refusals():
         factorize(weight, 2, 0)
     with pytest.raises(ValueError, match="gram is"):
         factorize(weight, 2, 4, gram[:3, :3])
+    with pytest.raises(ValueError, match="gram is"):
+        factorize(weight, 2, 4, gram[0, :3])
+    with pytest.raises(ValueError, match="method='sgd'"):
+        factorize(weight, 2, 4, method="sgd")
+    with pytest.raises(ValueError, match="whitening='half'"):
+        factorize(weight, 2, 4, gram, whitening="half")
+    with pytest.raises(ValueError, match="no full Gram"):
+        factorize(weight, 2, 4, gram, method="precgd")
+    with pytest.raises(ValueError, match="one shape"):
+        factorize_many([weight, weight.T], 2, 4)
     weight[0, 0] = float("nan")
     with pytest.raises(IncompatibleInputError, match="NaN"):
         factorize(weight, 2, 4)
     gram[0, 0] = float("inf")
     with pytest.raises(IncompatibleInputError, match="not finite"):
         factorize(torch.randn(48, 64), 2, 4, gram)
+
+
+def planted(b: int, r: int, m: int = 48, n: int = 64, dtype=torch.float32) -> Tensor:
+    shapes = ((b, m // b, r), (b, b, r), (b, n // b, r))
+    return to_dense(*(torch.randn(*shape, dtype=dtype) for shape in shapes))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4, 8]),
+    st.integers(1, 24),
+    st.sampled_from([None, "full", "block", "diagonal", "none", "1-D"]),
+    st.sampled_from(["als", "adam", "precgd"]),
+    st.integers(0, 99),
+)
+def test_error_is_that_of_the_dense_residual(b, rank, whitening, method, seed):
+    """For every method and whitening, ranks beyond the block sides (3 to 48) included."""
+    weight, gram = weight_and_gram(24, 32, seed)
+    g = None if whitening is None else gram.diagonal() if whitening == "1-D" else gram
+    option = whitening if whitening in ("full", "block", "diagonal", "none") else "full"
+    if method == "precgd" and whitening == "full" and b > 1:
+        method = "als"
+    f = factorize(weight, b, rank, g, sweeps=4, whitening=option, method=method)
+    assert f.U.shape == (b, 24 // b, rank)
+    assert all(bool(t.isfinite().all()) for t in (f.U, f.S, f.V))
+    assert f.error == pytest.approx(weighted_error(weight, f, g), rel=1e-4, abs=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from([2, 4, 8]),
+    st.integers(1, 40),
+    st.sampled_from(["none", "diagonal", "block", "full"]),
+    st.integers(0, 99),
+)
+def test_monotone_and_never_above_the_start(b, rank, whitening, seed):
+    weight, gram = weight_and_gram(24, 32, seed)
+    errors: list[float] = []
+    factorize(weight, b, rank, gram, whitening=whitening, on_sweep=errors.append)
+    assert errors == sorted(errors, reverse=True)
+    g = regularised(gram.double())
+    target = cut(g, whitening, b)
+    assert errors[-1] <= whitened_svd(weight, target).error(rank) + 1e-5
+
+
+@pytest.mark.parametrize("whitening", ["none", "diagonal", "block", "full"])
+def test_every_single_sweep_descends(whitening):
+    """No sweep is saved by keeping the best state: the loss of each is below the last."""
+    weight, gram = weight_and_gram()
+    g = cut(regularised(gram.double()), whitening, 4)
+    roots = None if g is None else torch.linalg.cholesky(diagonal_blocks(g, 4))[None]
+    a = weight.double()[None]
+    problem = als.BlockProblem(a, 4, roots)
+    if whitening == "full":
+        problem = als.FullProblem(a, 4, g[None], roots)
+    low_rank = whitened_svd(weight.double(), g).factors(12, 4)
+    state = problem.start((low_rank.U[None], low_rank.S[None], low_rank.V[None]))
+    omega = torch.full((1, 1, 1, 1), problem.omega, dtype=torch.float64)
+    for _ in range(60):
+        new = problem.sweep(state, omega)
+        assert float(new.loss) < float(state.loss)
+        state = new
+    error = float((state.loss / problem.norm).sqrt())
+    u, s, v = (t[0] for t in problem.factors(state))
+    assert error == pytest.approx(relative_error(weight, (u, s, v), g), rel=1e-6)
+
+
+def test_planted_matrices_are_recovered():
+    """Recovery needs more sweeps than the default; float64 takes over where float32 ends."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        error = factorize(planted(4, 4), 4, 8, sweeps=300).error
+        assert error < 1e-3
+    low_rank = torch.randn(48, 5) @ torch.randn(5, 64)
+    _, gram = weight_and_gram()
+    for b in (1, 2, 4, 8):
+        assert factorize(low_rank, b, 5).error < 1e-5
+        assert factorize(low_rank, b, 5, gram).error < 1e-4
+
+
+def test_float64_takes_over_where_float32_cannot_descend():
+    """One huge eigenvalue, as outlier channels make it: float32 alone ends 4 % higher."""
+    weight, gram = weight_and_gram()
+    x = torch.randn(1, 64)
+    gram = gram / gram.diagonal().mean() + 1e5 * x.T @ x
+    single = factorize(weight, 2, 12, gram)
+    double = factorize(weight.double(), 2, 12, gram.double())
+    assert single.U.dtype == torch.float32
+    assert single.error <= 1.01 * double.error
+
+
+def test_float64_stays():
+    weight, gram = weight_and_gram()
+    f = factorize(weight.double(), 4, 9, gram.double())
+    assert {t.dtype for t in (f.U, f.S, f.V)} == {torch.float64}
+    single = factorize(weight, 4, 9, gram)
+    assert single.U.dtype == torch.float32
+    assert single.error == pytest.approx(f.error, rel=1e-3)
+    assert factorize(weight.half(), 4, 9).U.dtype == torch.float32
+
+
+@pytest.mark.parametrize("b", [1, 4])
+@pytest.mark.parametrize("use_gram", [False, True])
+def test_many_equal_one_by_one(b, use_gram):
+    pairs = [weight_and_gram(seed=seed) for seed in range(4)]
+    weights = [w * 10 ** (i - 2) for i, (w, _) in enumerate(pairs)]
+    weights[2] = torch.randn(48, 3) @ torch.randn(3, 64)  # exact: goes on in float64
+    grams = [g for _, g in pairs] if use_gram else None
+    many = factorize_many(weights, b, 9, grams)
+    for i, together in enumerate(many):
+        alone = factorize(weights[i], b, 9, grams[i] if grams else None)
+        assert together.error == pytest.approx(alone.error, rel=2e-3, abs=1e-5)
+    assert factorize_many([], 2, 3) == []
+
+
+def test_batches_are_cut_to_memory(monkeypatch):
+    monkeypatch.setattr(sys.modules["blast_search.factorize"], "BATCH_BYTES", 1)
+    weights = [weight_and_gram(seed=seed)[0] for seed in range(3)]
+    errors = [f.error for f in factorize_many(weights, 4, 9)]
+    assert errors == pytest.approx([factorize(w, 4, 9).error for w in weights], rel=1e-4)
+
+
+@pytest.mark.parametrize("b", [1, 4])
+@pytest.mark.parametrize("use_gram", [False, True])
+def test_grid(b, use_gram):
+    weight, gram = weight_and_gram()
+    g = gram if use_gram else None
+    ranks = [20, 4, 8, 12, 60]
+    grid = factorize_grid(weight, b, ranks, g)
+    basis = low_rank_basis(weight, g)
+    assert sorted(grid) == sorted(ranks)
+    for rank, f in grid.items():
+        assert f.U.shape == (b, 48 // b, rank)
+        assert f.error <= basis.error(rank) + 1e-5
+        assert f.error == pytest.approx(weighted_error(weight, f, g), rel=1e-4, abs=1e-5)
+        assert f.error <= factorize(weight, b, rank, g, sweeps=3).error + 1e-5
+    again = factorize_grid(weight, b, sorted(ranks), g)
+    assert all(torch.equal(again[r].U, grid[r].U) for r in ranks)
+    assert factorize_grid(weight, b, []) == {}
+
+
+def test_precgd_follows_its_published_schedule():
+    """Against a literal float64 transcription: autograd, dense reconstruction, LU."""
+    a = planted(4, 4, 24, 32, torch.float64)
+    ours: list[float] = []
+    u, s, _ = descent.precgd(a, 4, 4, 100, seed=3, on_step=ours.append)
+    generator = torch.Generator().manual_seed(3)
+    x = {
+        "u": torch.randn(4, 6, 4, generator=generator).double() * 0.001 / 2,
+        "v": torch.randn(4, 8, 4, generator=generator).double() * 0.001 / 2,
+        "s": torch.randn(4, 4, 4, generator=generator).double(),
+    }
+    target = a / a.std()
+    for t in range(100):
+        for name in "uvs":
+            x[name].requires_grad_()
+            loss = (target - to_dense(x["u"], x["s"], x["v"])).square().sum()
+            (gradient,) = torch.autograd.grad(loss, x[name])
+            x[name] = x[name].detach()
+            damping = 0.1 * loss.detach().sqrt() * torch.eye(4).double()
+            gu, gv = x["u"].mT @ x["u"], x["v"].mT @ x["v"]
+            if name == "u":
+                h = torch.einsum("ija,jac,ijc->iac", x["s"], gv, x["s"])
+            elif name == "v":
+                h = torch.einsum("ija,iac,ijc->jac", x["s"], gu, x["s"])
+            else:
+                h = gu[:, None] * gv[None]
+            h = h + damping
+            move = (
+                torch.linalg.solve(h, gradient.mT).mT
+                if name != "s"
+                else torch.linalg.solve(h, gradient[..., None])[..., 0]
+            )
+            x[name] = x[name] - (1 - t / 100) * move  # of a loss without 1/2
+    torch.testing.assert_close(u, x["u"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(s, x["s"] * a.std(), rtol=1e-3, atol=1e-5)
+    assert ours[50:] == sorted(ours[50:], reverse=True)
+
+
+def test_precgd_recovers_a_planted_matrix():
+    """r equals the planted rank: the paper's exact recovery (not from every start)."""
+    a = planted(4, 4, 24, 32, torch.float64)
+    finals = []
+    for seed in range(4):
+        errors: list[float] = []
+        factorize(a, 4, 4, method="precgd", seed=seed, on_sweep=errors.append)
+        assert len(errors) == 300
+        assert errors[150:] == sorted(errors[150:], reverse=True)
+        finals.append(errors[-1])
+    assert min(finals) < 1e-4
+
+
+def test_als_needs_far_fewer_sweeps_than_the_references():
+    weight, _ = weight_and_gram()
+    published = factorize(weight, 4, 12, method="precgd").error
+    adam = factorize(weight, 4, 12, method="adam").error
+    best = factorize(weight, 4, 12, sweeps=100).error
+    assert best <= min(published, adam) * 1.01
+    assert best < low_rank_basis(weight).error(12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_cpu():
+    weight, gram = weight_and_gram()
+    for g in (None, gram):
+        cpu = factorize(weight, 4, 12, g)
+        gpu = factorize(weight.cuda(), 4, 12, None if g is None else g.cuda())
+        assert gpu.U.is_cuda
+        assert gpu.error == pytest.approx(cpu.error, rel=1e-2)
