@@ -111,11 +111,10 @@ def interleave(
     return {name: np.array(values) for name, values in samples.items()}
 
 
-def kernel_label(candidate: Candidate, dtype: torch.dtype, device_type: str) -> str:
-    if candidate.is_dense:
+def kernel_label(c: Candidate, dtype: torch.dtype, device_type: str, tokens: int) -> str:
+    if c.is_dense:
         return "dense"
-    name = kernels.choose(candidate.num_blocks, candidate.rank, dtype, device_type)
-    return kernels.label(name)
+    return kernels.label(kernels.choose(c.num_blocks, c.rank, dtype, device_type, tokens))
 
 
 def cells_for(
@@ -128,7 +127,7 @@ def cells_for(
                 device,
                 "eager",
                 str(dtype).removeprefix("torch."),
-                kernel_label(c, dtype, kind),
+                kernel_label(c, dtype, kind, call.tokens),
                 *layer.shape,
                 layer.bias,
                 call.tokens,

@@ -26,17 +26,21 @@ def _forward(
     x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     b, p, r = u.shape
-    name = kernels.choose(b, r, x.dtype, x.device.type)
-    y, z = kernels.forward(_rows(x), u, s, v, bias, name, keep)
+    rows = _rows(x)
+    y, z = kernels.forward(rows, u, s, v, bias, _choose(rows, b, r), keep)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], b * p), z
+
+
+def _choose(rows: Tensor, b: int, r: int) -> str:
+    return kernels.choose(b, r, rows.dtype, "cpu" if rows.is_cpu else rows.device.type, len(rows))
 
 
 def _backward(
     grad: Tensor, x: Tensor, u: Tensor, s: Tensor, v: Tensor, z: Tensor | None, needs: Needs
 ) -> kernels.Gradients:
     b, _, r = u.shape
-    name = kernels.choose(b, r, x.dtype, x.device.type)
-    dx, du, ds, dv = kernels.backward(_rows(grad), _rows(x), u, s, v, z, needs, name)
+    rows = _rows(x)
+    dx, du, ds, dv = kernels.backward(_rows(grad), rows, u, s, v, z, needs, _choose(rows, b, r))
     return None if dx is None else dx.view(x.shape), du, ds, dv
 
 
@@ -67,6 +71,8 @@ class _Product(torch.autograd.Function):
 def eager(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """The product without the dispatcher."""
     if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad or s.requires_grad):
+        if len(u) == 1:
+            return kernels.low_rank(x, u, s, v, bias)
         return _Product.apply(x, u, s, v, bias)  # type: ignore[no-any-return,no-untyped-call]
     return _forward(x, u, s, v, bias)[0]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from blast_search import BlastLinear, blast_matmul, kernels, product
-from blast_search.kernels import CPU_CHUNK, choose, coupling, cpu
+from blast_search.kernels import CPU_CHUNK, choose, coupling, cpu, small
 from blast_search.matrix import to_dense
 
 SHAPES = [  # out_features, in_features, b, r
@@ -54,7 +54,7 @@ def test_product_equals_dense(m, n, b, r, leading):
 # out_features, in_features, b, r: r = 1, odd, below and above a vector, a multiple of it
 KERNEL_SHAPES = [
     (24, 48, 2, 9), (48, 24, 3, 8), (32, 64, 4, 19), (64, 32, 8, 16), (64, 96, 16, 13),
-    (10, 20, 5, 24), (12, 8, 4, 1),
+    (10, 20, 5, 24), (12, 8, 4, 1), (140, 33, 1, 9), (96, 64, 1, 40),
 ]  # fmt: skip
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
 
@@ -78,10 +78,11 @@ def oracle(x, u, s, v, bias, grad):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("tokens", [0, 1, 7, 70, CPU_CHUNK + 3])
+@pytest.mark.parametrize("tokens", [0, 1, 6, 7, 70, CPU_CHUNK + 3])
 @pytest.mark.parametrize(("m", "n", "b", "r"), KERNEL_SHAPES)
 def test_forward_and_gradients_against_the_oracle(m, n, b, r, tokens, dtype, threads, monkeypatch):
     monkeypatch.setattr(cpu, "SERIAL_MACS", 0)
+    monkeypatch.setattr(small, "SERIAL_MACS", 0 if threads > 1 else 10**9)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -128,14 +129,18 @@ def test_nan_is_not_rounded_away_in_bfloat16():
 
 
 def test_kernel_choice_is_explicit():
-    assert choose(1, 64, torch.float32, "cpu") == "lowrank"
-    assert choose(4, 64, torch.float32, "cpu") == "numba"
-    assert choose(4, 64, torch.bfloat16, "cpu") == "numba"
-    assert choose(4, 4, torch.float32, "cpu") == "torch"  # less than one vector
-    assert choose(64, 64, torch.float32, "cpu") == "torch"
-    assert choose(4, 64, torch.float64, "cpu") == "torch"
-    assert choose(4, 64, torch.float16, "cuda") == "triton"
-    assert choose(4, 64, torch.float64, "cuda") == "torch"
+    many, few = 512, 3
+    assert choose(1, 64, torch.float32, "cpu", many) == "lowrank"
+    assert choose(4, 64, torch.float32, "cpu", many) == "numba"
+    assert choose(4, 64, torch.bfloat16, "cpu", many) == "numba"
+    assert choose(1, 64, torch.float32, "cpu", few) == "small"
+    assert choose(4, 64, torch.float32, "cpu", few) == "small"
+    assert choose(4, 4, torch.float32, "cpu", few) == "torch"  # less than one vector
+    assert choose(64, 64, torch.float32, "cpu", few) == "torch"
+    assert choose(4, 64, torch.float64, "cpu", few) == "torch"
+    assert choose(1, 64, torch.float16, "cuda", few) == "lowrank"
+    assert choose(4, 64, torch.float16, "cuda", few) == "triton"
+    assert choose(4, 64, torch.float64, "cuda", few) == "torch"
     assert kernels.label("numba").startswith("numba-")
     assert kernels.label("numba") != kernels.label("torch")
     with pytest.raises(ValueError, match="expected one of lowrank"):

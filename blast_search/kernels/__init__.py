@@ -31,8 +31,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 SOURCES = {
     "lowrank": (),
+    "small": ("small.py", "vectors.py", "launch.py"),
     "torch": ("reference.py",),
-    "numba": ("cpu.py", "vectors.py"),
+    "numba": ("cpu.py", "vectors.py", "launch.py"),
     "triton": ("triton.py", "triton_kernels.py", "triton_tune.py"),
 }
 
@@ -40,19 +41,27 @@ SOURCES = {
 CPU_CHUNK = 512
 
 
+SMALL_TOKENS = 16
+
+
 @functools.cache
-def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str) -> str:
-    """The kernel for a case, a key of SOURCES; "lowrank" (b = 1) is two plain products."""
-    if num_blocks == 1:
-        return "lowrank"
-    if device_type == "cuda" and dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return "triton" if find_spec("triton") else "torch"
-    if device_type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tokens: int) -> str:
+    """The kernel for inference in a case, a key of SOURCES.
+
+    "lowrank" (b = 1) is two plain products; "small" all three stages in one call, for up to
+    SMALL_TOKENS tokens on a CPU; the gradients of "small" come from "numba".
+    """
+    if device_type == "cuda" and num_blocks > 1:
+        known = dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return "triton" if known and find_spec("triton") else "torch"
+    if device_type == "cpu":
         from blast_search.kernels import cpu
 
-        if cpu.supports(num_blocks, rank, dtype):
+        if cpu.supports(num_blocks, rank, dtype) and tokens <= SMALL_TOKENS:
+            return "small"
+        if cpu.supports(num_blocks, rank, dtype) and num_blocks > 1:
             return "numba"
-    return "torch"
+    return "lowrank" if num_blocks == 1 else "torch"
 
 
 @functools.cache
@@ -73,7 +82,12 @@ def coupling(name: str) -> ModuleType:
     """
     if name not in SOURCES:
         raise ValueError(f"kernel {name!r}, expected one of {', '.join(SOURCES)}.")
-    return import_module(f"blast_search.kernels.{'cpu' if name == 'numba' else 'reference'}")
+    return _module("cpu" if name in ("numba", "small") else "reference")
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return import_module(f"blast_search.kernels.{name}")
 
 
 def forward(
@@ -84,10 +98,13 @@ def forward(
     Returns:
         y (T, m), and z (b, T, r) for `backward` if `keep`.
     """
+    if name == "small" and not keep:
+        y = _module("small").forward(x, u.contiguous(), s.contiguous(), v.contiguous(), bias)
+        return y, None
     if name == "triton":
-        from blast_search.kernels import triton
-
-        return triton.forward(x, u, s, v, bias=bias), None
+        return _module("triton").forward(x, u, s, v, bias=bias), None
+    if len(u) == 1 and not keep:
+        return low_rank(x, u, s, v, bias), None
     couple: Callable[[Tensor, Tensor], Tensor] = coupling(name).couple
     b, p, _ = u.shape
     tokens, n = x.shape
@@ -104,6 +121,14 @@ def forward(
             part = torch.bmm(couple(torch.bmm(blocks[:, rows], v), s), ut)
             _joined(part, bias, y[rows])
     return y.view(tokens, b * p), z if keep else None
+
+
+def low_rank(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """b = 1 as two plain products, the bias within the second; differentiable, any shape of x."""
+    z = x @ v.squeeze(0)
+    scale = s.view(-1).to(z.dtype)
+    z = z * scale if torch.is_grad_enabled() else z.mul_(scale)
+    return torch.nn.functional.linear(z, u.squeeze(0), bias)
 
 
 def _joined(part: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -131,9 +156,8 @@ def backward(
     z is computed again where it was not kept; w always is: a coupling costs less than its memory.
     """
     if name == "triton":
-        from blast_search.kernels import triton
-
-        return triton.backward(grad, x, u, s, v, needs)
+        grads: Gradients = _module("triton").backward(grad, x, u, s, v, needs)
+        return grads
     module = coupling(name)
     (b, p, _), q = u.shape, v.shape[1]
     tokens = len(x)

@@ -1,85 +1,34 @@
-"""The coupling step on the CPU: float32 and bfloat16, forward and backward.
-
-Compiled by numba on first use (no compiler needed on the user's machine) and run on PyTorch's own
-OpenMP threads.  Numba's threading layers are not used: their pool competes with PyTorch's for the
-cores (each hand-over costs 10 us and more), and starting it silently changes PyTorch's number of
-threads.  Where PyTorch has no GNU OpenMP, one thread does the work.
-
-Threads take tasks from a shared counter, so a thread held up by other load simply does fewer.
-"""
+"""The coupling step on the CPU: float32 and bfloat16, forward and backward (numba)."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from numba import carray, cfunc, types
 from torch import Tensor
 
+from blast_search.kernels.launch import Kernel, compile_kernel, run
 from blast_search.kernels.vectors import (
     LANES,
     couple_step,
-    fetch_add,
     outer_step,
     pack_step,
+    read,
     scratch,
+    take,
 )
 
 MAX_BLOCKS = 32  # code is unrolled over blocks; matrices of more blocks go through PyTorch
-TILE = 32  # tokens per task
+TILE = 32  # tokens per piece of work
 TOKENS = 4  # with two rows: eight sums, which hide the latency of a multiply-add
 COLUMNS = 4
 SERIAL_MACS = 60_000  # below this, waking threads costs more than it saves
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class _Kernel(NamedTuple):
-    compiled: Any  # keeps the machine code alive
-    call: Callable[[int], None]  # with the address of an int64 task array
-
-
-def _compile(body: Callable[[Any], None]) -> _Kernel:
-    compiled = cfunc(types.void(types.CPointer(types.int64)), nopython=True, cache=True)(body)
-    return _Kernel(compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address))
-
-
 @functools.cache
-def _openmp() -> Callable[..., None] | None:
-    """GOMP_parallel of the OpenMP runtime that PyTorch runs on, or None."""
-    for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
-        try:
-            start = ctypes.CDLL(str(library)).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        start.restype = None
-        start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        return start  # type: ignore[no-any-return]
-    return None
-
-
-_Task = ctypes.c_int64 * 7
-
-
-def _run(kernel: _Kernel, macs: int, *values: int) -> None:
-    """Run a kernel on the task (address of the counter, *values, ..., counter)."""
-    task = _Task(0, *values)
-    address = ctypes.addressof(task)
-    task[0] = address + 6 * 8
-    threads = torch.get_num_threads()
-    start = _openmp() if threads > 1 and macs > SERIAL_MACS else None
-    if start is None:
-        kernel.call(address)
-    else:
-        start(kernel.compiled.address, address, threads, 0)
-
-
-@functools.cache
-def _couple_kernel(blocks: int, bf16: bool) -> _Kernel:
-    """w_i = sum_j s_ij * z_j; task: counter's address, z, s, w, tokens, rank."""
+def _couple_kernel(blocks: int, bf16: bool) -> Kernel:
+    """w_i = sum_j s_ij * z_j; the task holds addresses of z, s, w, and tokens, rank."""
     pack_s, pack_z = pack_step(1, blocks, bf16), pack_step(blocks, TOKENS, bf16)
     pack_one = pack_step(blocks, 1, bf16)
     pair, single = (couple_step(blocks, rows, TOKENS, bf16) for rows in (2, 1))
@@ -88,14 +37,15 @@ def _couple_kernel(blocks: int, bf16: bool) -> _Kernel:
     size = 2 if bf16 else 4
     s_step = blocks * 4 * LANES
 
-    def kernel(task: Any) -> None:
-        values = carray(task, 6)
-        z, s, w, tokens, rank = values[1], values[2], values[3], values[4], values[5]
+    def kernel(task: int) -> None:
+        z, s, w, tokens, rank = (
+            read(task, 3), read(task, 4), read(task, 5), read(task, 6), read(task, 7),
+        )  # fmt: skip
         token = rank * size
         block = tokens * token
         packed_s, packed_z = couplings(), inputs()
         while True:
-            first = TILE * fetch_add(values[0], 1)
+            first = TILE * take(task)
             if first >= tokens:
                 break
             last = min(tokens, first + TILE)
@@ -123,14 +73,14 @@ def _couple_kernel(blocks: int, bf16: bool) -> _Kernel:
                         one((packed_z, si, wi, block, token))
                     t += 1
 
-    return _compile(kernel)
+    return compile_kernel(kernel)
 
 
 @functools.cache
-def _outer_kernel(bf16: bool) -> _Kernel:
-    """ds_ij = sum_t g_it * z_jt; task: counter's address, g, z, ds, blocks, tokens * 2^32 + rank.
+def _outer_kernel(bf16: bool) -> Kernel:
+    """ds_ij = sum_t g_it * z_jt; the task holds addresses of g, z, ds, and blocks, tokens, rank.
 
-    One task is one row i (two where possible) at LANES ranks: no two tasks write one place.
+    One piece of work is one row i (two where possible) at LANES ranks: no two write to one place.
     """
     steps = {
         (rows, columns): outer_step(rows, columns, bf16)
@@ -141,10 +91,9 @@ def _outer_kernel(bf16: bool) -> _Kernel:
     single_wide, single_one = steps[1, COLUMNS], steps[1, 1]
     size = 2 if bf16 else 4
 
-    def kernel(task: Any) -> None:
-        values = carray(task, 6)
-        g, z, s, blocks = values[1], values[2], values[3], values[4]
-        tokens, rank = values[5] >> 32, values[5] & 0xFFFFFFFF
+    def kernel(task: int) -> None:
+        g, z, s = read(task, 3), read(task, 4), read(task, 5)
+        blocks, tokens, rank = read(task, 6), read(task, 7), read(task, 8)
         token = rank * size
         block, s_block = tokens * token, rank * 4
         s_row = blocks * s_block
@@ -152,7 +101,7 @@ def _outer_kernel(bf16: bool) -> _Kernel:
         vectors = (rank + LANES - 1) // LANES
         wide = blocks // COLUMNS * COLUMNS
         while True:
-            index = fetch_add(values[0], 1)
+            index = take(task)
             if index >= rows * vectors:
                 break
             i = index % rows * 2
@@ -174,11 +123,11 @@ def _outer_kernel(bf16: bool) -> _Kernel:
                     single_one(place)
                 j += COLUMNS if j < wide else 1
 
-    return _compile(kernel)
+    return compile_kernel(kernel)
 
 
 def supports(num_blocks: int, rank: int, dtype: torch.dtype) -> bool:
-    return 1 < num_blocks <= MAX_BLOCKS and rank >= LANES and dtype in DTYPES
+    return num_blocks <= MAX_BLOCKS and rank >= LANES and dtype in DTYPES
 
 
 def couple(z: Tensor, s: Tensor) -> Tensor:
@@ -191,8 +140,8 @@ def couple(z: Tensor, s: Tensor) -> Tensor:
     w = torch.empty_like(z)
     if tokens:
         kernel = _couple_kernel(b, z.dtype == torch.bfloat16)
-        pointers = (z.data_ptr(), s.data_ptr(), w.data_ptr())
-        _run(kernel, b * b * tokens * r, *pointers, tokens, r)
+        values = (z.data_ptr(), s.data_ptr(), w.data_ptr(), tokens, r)
+        run(kernel, b * b * tokens * r > SERIAL_MACS, values)
     return w
 
 
@@ -210,6 +159,6 @@ def couple_grad(g: Tensor, z: Tensor) -> Tensor:
         return z.new_zeros(b, b, r, dtype=torch.float32)
     ds = z.new_empty(b, b, r, dtype=torch.float32)
     kernel = _outer_kernel(z.dtype == torch.bfloat16)
-    pointers = (g.data_ptr(), z.data_ptr(), ds.data_ptr())
-    _run(kernel, b * b * tokens * r, *pointers, b, tokens << 32 | r)
+    values = (g.data_ptr(), z.data_ptr(), ds.data_ptr(), b, tokens, r)
+    run(kernel, b * b * tokens * r > SERIAL_MACS, values)
     return ds

@@ -1,0 +1,62 @@
+"""Compile a kernel with numba, and run it on PyTorch's own OpenMP threads.
+
+Numba's threading layers are not used: their pool competes with PyTorch's for the cores (each
+hand-over costs 10 us and more), and starting it silently changes PyTorch's number of threads.
+Where PyTorch has no GNU OpenMP, one thread does the work.
+
+A kernel gets the address of a task, an int64 array that begins with COUNTERS zeros.  Threads take
+pieces of the work from these counters, so a thread held up by other load simply does less.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from numba import cfunc, types
+
+COUNTERS = 3
+
+
+class Kernel(NamedTuple):
+    compiled: Any  # keeps the machine code alive
+    call: Callable[[int], None]
+
+
+def compile_kernel(body: Callable[[int], None]) -> Kernel:
+    compiled = cfunc(types.void(types.int64), nopython=True, cache=True)(body)
+    return Kernel(compiled, ctypes.CFUNCTYPE(None, ctypes.c_int64)(compiled.address))
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """GOMP_parallel of the OpenMP runtime that PyTorch runs on, or None."""
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        try:
+            start = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        start.restype = None
+        start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        return start  # type: ignore[no-any-return]
+    return None
+
+
+@functools.cache
+def _task_type(count: int) -> type[ctypes.Array[ctypes.c_int64]]:
+    return ctypes.c_int64 * count
+
+
+def run(kernel: Kernel, parallel: bool, values: tuple[int, ...]) -> None:
+    """Run a kernel on the task (0, 0, 0, *values), on all threads of PyTorch if `parallel`."""
+    task = _task_type(COUNTERS + len(values))(0, 0, 0, *values)
+    threads = torch.get_num_threads() if parallel else 1
+    start = _openmp() if threads > 1 else None
+    if start is None:
+        kernel.call(ctypes.addressof(task))
+    else:
+        start(kernel.compiled.address, ctypes.addressof(task), threads, 0)

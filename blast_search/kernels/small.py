@@ -1,0 +1,175 @@
+"""The whole BLAST product of a few tokens on the CPU, in one call.
+
+For a few tokens the arithmetic takes microseconds, and so does every PyTorch call;
+three stages by three calls would spend most of their time between them.  Every factor is read
+once.  Intermediate values are float32 also where the factors are bfloat16.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import torch
+from torch import Tensor
+
+from blast_search.kernels.launch import Kernel, compile_kernel, run
+from blast_search.kernels.vectors import (
+    LANES,
+    couple_step,
+    down_step,
+    pack_step,
+    put_zero,
+    read,
+    scratch,
+    take,
+    up_step,
+)
+
+DOWN, COUPLE, UP = 1, 2, 4  # stages
+SERIAL_MACS = 300_000  # below this, three wake-ups of the threads cost more than they save
+WIDE = 4  # vectors of z per piece of work
+ROWS = 64  # output rows per piece of work
+
+
+@functools.cache
+def _kernel(blocks: int, bf16: bool) -> Kernel:
+    """The task holds: stages to run (bits); addresses of x, u, s, v, bias (0: none), z, w, y;
+    tokens, p, q, r, and the stride of x.
+    """
+    down_wide, down_one = down_step(1, WIDE, bf16), down_step(1, 1, bf16)
+    down_pair, down_pair_one = down_step(2, WIDE, bf16), down_step(2, 1, bf16)
+    up_wide, up_one = up_step(1, 8, bf16), up_step(1, 1, bf16)
+    up_pair, up_pair_one = up_step(2, 4, bf16), up_step(2, 1, bf16)
+    pack_s, pack_z = pack_step(1, blocks, bf16), pack_step(blocks, 1, False)
+    couple = couple_step(blocks, 1, 1, False)
+    couplings, inputs = scratch(blocks * blocks), scratch(blocks)
+    size = 2 if bf16 else 4
+
+    def kernel(task: int) -> None:
+        stages, x, u, s = read(task, 3), read(task, 4), read(task, 5), read(task, 6)
+        v, bias, z, w = read(task, 7), read(task, 8), read(task, 9), read(task, 10)
+        y, tokens, p, q = read(task, 11), read(task, 12), read(task, 13), read(task, 14)
+        r, x_stride = read(task, 15), read(task, 16) * size
+        vectors = (r + LANES - 1) // LANES
+        v_row, z_token, w_token = r * size, r * 4, vectors * LANES * 4
+        z_block, w_block = tokens * z_token, tokens * w_token
+        y_token = blocks * p * size
+        chunks = (vectors + WIDE - 1) // WIDE
+        wide = r >= WIDE * LANES
+        if stages & DOWN:
+            while True:
+                index = take(task)
+                if index >= blocks * chunks:
+                    break
+                j, chunk = index // chunks, index % chunks
+                xj, vj, zj = x + j * q * size, v + j * q * v_row, z + j * z_block
+                for t in range(0, tokens, 2):
+                    xt, zt = xj + t * x_stride, zj + t * z_token
+                    if wide:
+                        k = min(chunk * WIDE * LANES, r - WIDE * LANES)
+                        place = (xt, vj + k * size, zt + k * 4, x_stride, v_row, z_token, q)
+                        if t + 1 < tokens:
+                            down_pair(place)
+                        else:
+                            down_wide(place)
+                    else:
+                        for i in range(vectors):
+                            k = min(i * LANES, r - LANES)
+                            place = (xt, vj + k * size, zt + k * 4, x_stride, v_row, z_token, q)
+                            if t + 1 < tokens:
+                                down_pair_one(place)
+                            else:
+                                down_one(place)
+        if stages & COUPLE:
+            packed_s, packed_z = couplings(), inputs()
+            while True:
+                index = take(task + 8)
+                if index >= vectors:
+                    break
+                k = min(index * LANES, r - LANES)
+                for i in range(blocks):
+                    row = s + i * blocks * v_row + k * size
+                    pack_s((packed_s + i * blocks * LANES * 4, row, v_row, v_row))
+                for t in range(tokens):
+                    pack_z((packed_z, z + t * z_token + k * 4, z_block, z_token))
+                    for i in range(blocks):
+                        at = w + i * w_block + t * w_token + index * LANES * 4
+                        si = packed_s + i * blocks * LANES * 4
+                        couple((packed_z, si, at, w_block, w_token))
+                        for lane in range(index * LANES - k):
+                            put_zero(at + lane * 4)
+        if stages & UP:
+            tasks = (p + ROWS - 1) // ROWS
+            last = (r - LANES) * size
+            while True:
+                index = take(task + 16)
+                if index >= blocks * tasks:
+                    break
+                i = index // tasks
+                first = index % tasks * ROWS
+                end = min(p, first + ROWS)
+                wi = w + i * w_block
+                row = first
+                while row < end:
+                    step = 8 if row + 8 <= end else 1
+                    at = i * p + row
+                    up, bp = u + at * v_row, bias + at * size if bias else bias
+                    for t in range(0, tokens, 2):
+                        wt, yt = wi + t * w_token, y + t * y_token + at * size
+                        out = (wt, up, yt, bp, w_token, y_token, v_row, vectors, last)
+                        if t + 1 == tokens:
+                            if step == 8:
+                                up_wide(out)
+                            else:
+                                up_one(out)
+                        elif step == 1:
+                            up_pair_one(out)
+                        else:
+                            up_pair(out)
+                            bh = bp + 4 * size if bias else bias
+                            up_pair((wt, up + 4 * v_row, yt + 4 * size, bh,
+                                     w_token, y_token, v_row, vectors, last))  # fmt: skip
+                    row += step
+
+    return compile_kernel(kernel)
+
+
+class _Local(threading.local):
+    space = torch.empty(1 << 14)
+
+
+_local = _Local()
+
+
+def _work_space(numbers: int) -> int:
+    """The address of at least so many float32, kept for the thread's next call."""
+    if numbers > _local.space.numel():
+        _local.space = torch.empty(2 * numbers)
+    return _local.space.data_ptr()
+
+
+def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x A^T + bias; x (T, n) with unit inner stride; returns (T, m).
+
+    All of one dtype of cpu.DTYPES, factors contiguous.
+    """
+    b, p, r = u.shape
+    tokens, n = x.shape
+    y = x.new_empty(tokens, b * p)
+    if not tokens:
+        return y
+    padded = (r + LANES - 1) // LANES * LANES
+    z = _work_space(2 * b * tokens * padded)
+    values = (
+        x.data_ptr(), u.data_ptr(), s.data_ptr(), v.data_ptr(),
+        0 if bias is None else bias.data_ptr(), z, z + 4 * b * tokens * padded, y.data_ptr(),
+        tokens, p, n // b, r, x.stride(0),
+    )  # fmt: skip
+    kernel = _kernel(b, x.dtype == torch.bfloat16)
+    if tokens * r * (n + b * p + b * b) <= SERIAL_MACS or torch.get_num_threads() == 1:
+        run(kernel, False, (DOWN | COUPLE | UP, *values))
+    else:
+        for stage in (DOWN, COUPLE, UP):
+            run(kernel, stage != COUPLE, (stage, *values))
+    return y
