@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -133,13 +134,15 @@ def _quality_claims(rows: Rows) -> list[str]:
         ("monarch", 1.0, "full G below activation-aware Monarch (beside)"),
     ):
         worst = max(rows, key=lambda row: row["full"] / row[other])
+        middle = median(row["full"] / row[other] for row in rows)
         lost = sum(row["full"] > limit * row[other] for row in rows)
         claims.append(
             _claim(
                 f"{text}, all {len(rows)} cases",
                 lost == 0,
                 f"{worst['full'] / worst[other]:.3f} on {worst['layer']}, b = {worst['b']:g}, "
-                f"keep {worst['keep']:g}; {lost} cases lost",
+                f"keep {worst['keep']:g}; median {middle:.3f}; "
+                f"{lost} cases lost",
             )
         )
     return claims
