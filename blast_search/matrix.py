@@ -64,6 +64,8 @@ class BlastLinear(nn.Module):
         ValueError: num_blocks does not divide both sides, or rank < 1.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -89,7 +91,10 @@ class BlastLinear(nn.Module):
         self.U = nn.Parameter(torch.empty(b, out_features // b, rank, **new))  # type: ignore[arg-type]
         self.S = nn.Parameter(torch.empty(b, b, rank, **new))  # type: ignore[arg-type]
         self.V = nn.Parameter(torch.empty(b, in_features // b, rank, **new))  # type: ignore[arg-type]
-        self.bias = nn.Parameter(torch.empty(out_features, **new)) if bias else None  # type: ignore[arg-type]
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.empty(out_features, **new)) if bias else None,  # type: ignore[arg-type]
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
