@@ -28,7 +28,12 @@ class Kernel(NamedTuple):
 
 
 def compile_kernel(body: Callable[[int], None]) -> Kernel:
-    compiled = cfunc(types.void(types.int64), nopython=True, cache=True)(body)
+    """Takes about half a second, once per process and case.
+
+    Numba's cache on disk does not help: its key covers the intrinsics that a body closes over, and
+    these get a new identity in every process, so the cache only grows.
+    """
+    compiled = cfunc(types.void(types.int64), nopython=True)(body)
     return Kernel(compiled, ctypes.CFUNCTYPE(None, ctypes.c_int64)(compiled.address))
 
 
