@@ -195,7 +195,10 @@ def doctor(silent: bool) -> dict[str, Any]:
     result = {
         "environment": environment(device),
         "versions": versions,
-        "kernels": {f"b={b}": choose(b, torch.float32, device.type) for b in (1, 2, 8)},
+        "kernels": {
+            f"b={b}, {t} tokens": choose(b, 64, torch.float32, device.type, t)
+            for b in (1, 4) for t in (1, 512)
+        },
         "noise": {
             "what": "Linear 768 x 768, 256 tokens, against itself",
             "median_us": p50, "p10_us": p10, "p90_us": p90,
