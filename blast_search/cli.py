@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -271,6 +272,19 @@ def run_guarded(command: Callable[[], Any]) -> int:
     return 0
 
 
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Our own warnings as one plain line; others with the place they come from."""
+    if issubclass(category, errors.SingularGramWarning):
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; `blast-search --budget 0.3` means `blast-search search --budget 0.3`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -284,6 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGINT, _stop)
     signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = _format_warning
     sys.exit(run_guarded(lambda: app(arguments)))  # usage errors leave by SystemExit(2)
 
 

@@ -28,3 +28,7 @@ class IncompatibleInputError(BlastSearchError):
 
 class RunLockedError(BlastSearchError):
     """Another process is using the run folder (exit code 5)."""
+
+
+class SingularGramWarning(UserWarning):
+    """A layer's Gram is singular in float32: too few calibration tokens, or dead inputs."""

@@ -8,15 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blast_search.errors import IncompatibleInputError
+from blast_search.errors import IncompatibleInputError, SingularGramWarning
 
 RIDGE = 1e-3  # of the Gram's mean diagonal: calibration data never spans the whole input space
 
 Whitening = Literal["full", "block", "diagonal", "none"]
-
-
-class SingularGramWarning(UserWarning):
-    """A layer's Gram is singular in float32: too few calibration tokens, or dead inputs."""
 
 
 def regularised(gram: Tensor) -> Tensor:

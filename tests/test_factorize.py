@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from blast_search import BlastLinear, als, descent, factorize, factorize_grid, factorize_many
-from blast_search.errors import IncompatibleInputError
+from blast_search.errors import IncompatibleInputError, SingularGramWarning
 from blast_search.factors import Factors, relative_error
-from blast_search.gram import SingularGramWarning, cut, diagonal_blocks, regularised
+from blast_search.gram import cut, diagonal_blocks, regularised
 from blast_search.lowrank import low_rank_basis, whitened_svd
 from blast_search.matrix import to_dense
 
