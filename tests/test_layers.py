@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toy import NanWeights, Net, ToyTask
+from toy import WIDTH, NanWeights, Net, ToyTask
 
 from blast_search import BlastLinear, find_layers
 from blast_search.batches import divergence, output_tensor
@@ -23,9 +23,9 @@ def test_layers_heads_and_tokens():
     task = ToyTask()
     layers, skipped = found(task.model(), task.workload())
     assert [layer.name for layer in layers][:2] == ["blocks.0.fc1", "blocks.0.fc2"]
-    assert all(layer.calls == (Call(32 * 16),) for layer in layers)
+    assert all(layer.calls == (Call(16 * 16),) for layer in layers)
     assert skipped == {"head": "output head"}
-    assert layers[0].shape == (384, 192)
+    assert layers[0].shape == (4 * WIDTH, WIDTH)
     assert layers[0].type_name == "blocks.fc1"
 
 
@@ -158,7 +158,7 @@ def test_stub_and_restore():
     layers = find_layers(model)
     before = get_modules(model, layers)
     with swapped(model, layers, stubs(layers)), torch.no_grad():
-        assert float(model(torch.randn(2, 3, 192)).abs().max()) == 0
+        assert float(model(torch.randn(2, 3, WIDTH)).abs().max()) == 0
     assert get_modules(model, layers) == before
 
 

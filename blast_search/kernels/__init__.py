@@ -31,9 +31,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 SOURCES = {
     "lowrank": (),
-    "small": ("small.py", "vectors.py", "launch.py"),
+    "small": ("small.py", "steps.py", "vectors.py", "launch.py"),
     "torch": ("reference.py",),
-    "numba": ("cpu.py", "vectors.py", "launch.py"),
+    "numba": ("cpu.py", "steps.py", "vectors.py", "launch.py"),
     "triton": ("triton.py", "triton_kernels.py", "triton_tune.py"),
 }
 

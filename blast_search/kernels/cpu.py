@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from blast_search.kernels.launch import Kernel, compile_kernel, run
-from blast_search.kernels.vectors import (
-    LANES,
-    couple_step,
-    outer_step,
-    pack_step,
-    read,
-    scratch,
-    take,
-)
+from blast_search.kernels.steps import couple_step, outer_step, pack_step
+from blast_search.kernels.vectors import LANES, read, scratch, take
 
 MAX_BLOCKS = 32  # code is unrolled over blocks; matrices of more blocks go through PyTorch
 TILE = 32  # tokens per piece of work

@@ -14,17 +14,8 @@ import torch
 from torch import Tensor
 
 from blast_search.kernels.launch import Kernel, compile_kernel, run
-from blast_search.kernels.vectors import (
-    LANES,
-    couple_step,
-    down_step,
-    pack_step,
-    put_zero,
-    read,
-    scratch,
-    take,
-    up_step,
-)
+from blast_search.kernels.steps import couple_step, down_step, pack_step, up_step
+from blast_search.kernels.vectors import LANES, put_zero, read, scratch, take
 
 DOWN, COUPLE, UP = 1, 2, 4  # stages
 SERIAL_MACS = 300_000  # below this, three wake-ups of the threads cost more than they save
