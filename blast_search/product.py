@@ -25,10 +25,38 @@ Needs = tuple[bool, bool, bool, bool]
 def _forward(
     x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    b, p, r = u.shape
     rows = _rows(x)
+    _check(rows, u, s, v, bias)
+    b, p, r = u.shape
     y, z = kernels.forward(rows, u, s, v, bias, _choose(rows, b, r), keep)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], b * p), z
+
+
+def _check(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    """Compiled kernels trust what they are given: a wrong shape or dtype would be a wild read.
+
+    Raises:
+        RuntimeError: as nn.Linear does for shapes, dtypes or devices that do not fit.
+    """
+    (b, p, r), (c, q, k) = u.shape, v.shape
+    same = (
+        x.dtype is u.dtype is s.dtype is v.dtype and x.is_cpu == u.is_cpu == s.is_cpu == v.is_cpu
+    )
+    fits = b == c and r == k and s.shape == (b, b, r) and x.shape[1] == b * q
+    if bias is not None:
+        same = same and bias.dtype is x.dtype and bias.is_cpu == x.is_cpu
+        fits = fits and bias.shape == (b * p,)
+    if same and fits:
+        return
+    found = ", ".join(
+        f"{name} {tuple(t.shape)} {t.dtype} on {t.device}"
+        for name, t in zip(("x", "U", "S", "V", "bias"), (x, u, s, v, bias), strict=True)
+        if t is not None
+    )
+    raise RuntimeError(
+        f"BLAST product of {found}; expected one dtype and device, and x (T, b q), U (b, p, r), "
+        "S (b, b, r), V (b, q, r), bias (b p)."
+    )
 
 
 def _choose(rows: Tensor, b: int, r: int) -> str:
@@ -70,7 +98,9 @@ class _Product(torch.autograd.Function):
 
 def eager(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """The product without the dispatcher."""
-    if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad or s.requires_grad):
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, u, s, v, bias)
+    ):
         if len(u) == 1:
             return kernels.low_rank(x, u, s, v, bias)
         return _Product.apply(x, u, s, v, bias)  # type: ignore[no-any-return,no-untyped-call]

@@ -257,6 +257,27 @@ def test_fresh_layer_has_the_variance_of_a_linear_layer():
         assert 0.8 < ratio < 1.25, (b, r, float(ratio))
 
 
+@pytest.mark.parametrize("trained", ["U", "S", "V", "bias"])
+def test_one_trained_parameter_gets_its_gradient(trained):
+    layer = BlastLinear(32, 16, 4, 9).requires_grad_(False)
+    getattr(layer, trained).requires_grad_(True)
+    layer(torch.randn(40, 32)).sum().backward()
+    assert getattr(layer, trained).grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_operands_that_do_not_fit_are_refused(tokens):
+    layer = BlastLinear(32, 16, 4, 9)
+    with torch.no_grad():
+        for x in (torch.randn(tokens, 36), torch.randn(tokens, 32).bfloat16()):
+            with pytest.raises(RuntimeError, match="expected one dtype and device"):
+                layer(x)
+        with pytest.raises(RuntimeError, match="expected one dtype and device"):
+            blast_matmul(torch.randn(tokens, 32), layer.U, layer.S[:, :, :8], layer.V)
+        with pytest.raises(RuntimeError, match="expected one dtype and device"):
+            blast_matmul(torch.randn(tokens, 32), layer.U, layer.S, layer.V, torch.randn(15))
+
+
 def test_impossible_layers_are_refused():
     with pytest.raises(ValueError, match="num_blocks=5 must divide"):
         BlastLinear(24, 12, 5, 3)
