@@ -45,7 +45,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_type": device.type,
         "capability": capability,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str that YAML cannot write
         "cuda": torch.version.cuda or "" if device.type == "cuda" else "",
         "python": platform.python_version(),
         "system": platform.system(),

@@ -247,3 +247,10 @@ def test_signals_leave_a_resumable_run(number, code, tmp_path: Path, project: Pa
     assert "Traceback" not in message
     done = subprocess.run([*command, "--resume", "r", "-q", "--workers", "local"], env=env)
     assert done.returncode == 0
+
+
+def test_doctor_prints_to_a_person(capsys):
+    assert call("doctor") == 0
+    shown = capsys.readouterr().out
+    assert "kernels:" in shown
+    assert "torch:" in shown
