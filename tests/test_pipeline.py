@@ -142,6 +142,20 @@ def test_max_drop_that_cannot_be_kept_is_exit_three(tmp_path: Path, monkeypatch)
     assert bs.Plan.load(tmp_path / "r").measured["met_budget"] is False
 
 
+def test_retraining_that_harms_is_not_kept(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(ToyTask, "learning_rate", 10.0, raising=False)
+    monkeypatch.setattr(  # minus the distance to the dense model: any harm shows
+        ToyTask,
+        "evaluate",
+        lambda self, m: -float((m(self.data[32:64]) - self.model()(self.data[32:64])).norm()),
+    )
+    run = bs.search(ToyTask(), budget=0.8, out=tmp_path / "r", **(OPTIONS | {"trials": 0}))
+    metric = run.plan.measured["metric"]
+    assert metric["retrained"] == metric["compressed"]
+    with torch.no_grad():
+        assert ToyTask().evaluate(run.model) == pytest.approx(metric["retrained"], abs=1e-5)
+
+
 def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
     run = bs.search(ToyTask(), max_drop=1.0, out=tmp_path / "r", **OPTIONS)
     assert run.plan.measured["latency_ratio_layers"] < 1
