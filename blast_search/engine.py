@@ -112,14 +112,14 @@ class Engine:
         its last correction predicts: corrections differ between stages of the search.
         """
         timed = {digest(c.choices): c.timing.ratio_layers for c in (*others, searched)}
+        loss = self.true_loss("searched", searched.choices)
+        noted = [(q.name, q.loss, q.choices) for q in self.points]
         points = []
-        for q in (self.front_point("searched", self.true_loss("searched", searched.choices),
-                                   searched.choices), *self.points):  # fmt: skip
-            ratio = timed.get(digest(q.choices))
-            predicted = self.latency.ratio(q.choices) or q.latency_ratio
-            points.append(
-                replace(q, latency_ratio=ratio or predicted, latency_measured=ratio is not None)
-            )
+        for name, value, choices in [("searched", loss, searched.choices), *noted]:
+            point, ratio = self.front_point(name, value, choices), timed.get(digest(choices))
+            if ratio is not None:
+                point = replace(point, latency_ratio=ratio, latency_measured=True)
+            points.append(point)
         return points
 
     def predicted_loss(self, choices: Choices) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from blast_search import als, descent
 from blast_search.errors import IncompatibleInputError
-from blast_search.factors import Factors, Triple, balanced, relative_error
+from blast_search.factors import Factors, Triple, balanced, check_blocks, relative_error
 from blast_search.gram import Whitening, cut, diagonal_blocks, regularised, warn_if_singular
 from blast_search.lowrank import LowRankBasis, whitened_svd
 from blast_search.matrix import to_dense
@@ -213,11 +213,8 @@ def _checked(
     weight: Tensor, num_blocks: int, rank: int, gram: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The weight in its working dtype, and the regularised Gram (n, n)."""
-    m, n = weight.shape
-    if num_blocks < 1 or m % num_blocks or n % num_blocks:
-        raise ValueError(
-            f"num_blocks={num_blocks} must divide both sides of the {m} x {n} weight."
-        )
+    check_blocks(weight, num_blocks)
+    n = weight.shape[1]
     if rank < 1:
         raise ValueError(f"rank={rank}, expected at least 1.")
     if gram is not None and gram.shape not in ((n, n), (n,)):

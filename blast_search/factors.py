@@ -22,6 +22,15 @@ class Factors:
     error: float
 
 
+def check_blocks(weight: Tensor, num_blocks: int) -> None:
+    """Raise ValueError unless num_blocks divides both sides of a weight (m, n)."""
+    m, n = weight.shape
+    if num_blocks < 1 or m % num_blocks or n % num_blocks:
+        raise ValueError(
+            f"num_blocks={num_blocks} must divide both sides of the {m} x {n} weight."
+        )
+
+
 def relative_error(weight: Tensor, factors: Triple, gram: Tensor | None) -> float:
     """|| (A - A_hat) G^(1/2) ||_F / || A G^(1/2) ||_F from the dense residual, in float64.
 

@@ -19,8 +19,6 @@ from torch.autograd.function import once_differentiable
 
 from blast_search import kernels
 
-Needs = tuple[bool, bool, bool, bool]
-
 
 def _forward(
     x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, keep: bool = False
@@ -64,7 +62,13 @@ def _choose(rows: Tensor, b: int, r: int) -> str:
 
 
 def _backward(
-    grad: Tensor, x: Tensor, u: Tensor, s: Tensor, v: Tensor, z: Tensor | None, needs: Needs
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    s: Tensor,
+    v: Tensor,
+    z: Tensor | None,
+    needs: kernels.Needs,
 ) -> kernels.Gradients:
     b, _, r = u.shape
     rows = _rows(x)
@@ -156,7 +160,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _operator_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _operator_backward(grad.contiguous(), *ctx.saved_tensors)
-    return *grads, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.biased else None
+    return *grads, _rows(grad).sum(0) if ctx.biased else None
 
 
 _operator.register_autograd(_operator_gradients, setup_context=_setup)

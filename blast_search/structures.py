@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blast_search.factors import Factors, Triple, relative_error
+from blast_search.factors import Factors, Triple, check_blocks, relative_error
 from blast_search.gram import cut, diagonal_blocks, regularised
 from blast_search.lowrank import whitened_svd
 
@@ -134,11 +134,7 @@ def _prepared(
     weight: Tensor, num_blocks: int, gram: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and regularised Gram in float64: closed forms are cheap."""
-    m, n = weight.shape
-    if num_blocks < 1 or m % num_blocks or n % num_blocks:
-        raise ValueError(
-            f"num_blocks={num_blocks} must divide both sides of the {m} x {n} weight."
-        )
+    check_blocks(weight, num_blocks)
     return weight.detach().double(), None if gram is None else regularised(gram.double())
 
 

@@ -27,6 +27,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+Needs = tuple[bool, bool, bool, bool]  # which gradients are wanted: x, u, s, v
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 SOURCES = {
@@ -40,7 +41,7 @@ SOURCES = {
 # Tokens per pass on the CPU: z and w of one pass stay in the cache.
 CPU_CHUNK = 512
 
-
+# Up to so many tokens, one compiled call for all three stages beats three PyTorch calls.
 SMALL_TOKENS = 16
 
 
@@ -57,10 +58,11 @@ def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tok
     if device_type == "cpu":
         from blast_search.kernels import cpu
 
-        if cpu.supports(num_blocks, rank, dtype) and tokens <= SMALL_TOKENS:
-            return "small"
-        if cpu.supports(num_blocks, rank, dtype) and num_blocks > 1:
-            return "numba"
+        if cpu.supports(num_blocks, rank, dtype):
+            if tokens <= SMALL_TOKENS:
+                return "small"
+            if num_blocks > 1:
+                return "numba"
     return "lowrank" if num_blocks == 1 else "torch"
 
 
@@ -148,7 +150,7 @@ def backward(
     s: Tensor,
     v: Tensor,
     z: Tensor | None,
-    needs: tuple[bool, bool, bool, bool],
+    needs: Needs,
     name: str,
 ) -> Gradients:
     """Gradients of `forward` for x, u, s, v where needed, given that of y (T, m).
