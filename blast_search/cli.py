@@ -41,7 +41,11 @@ SpaceOption = Annotated[str, typer.Option(help="Search space: a shipped name or 
 WorkloadOption = Annotated[
     str | None, typer.Option(help="[NAME:]BATCHxLENGTH[@WEIGHT],... instead of the task's own.")
 ]
+ModeOption = Annotated[str, typer.Option(help="Timed calls: eager, compiled or cuda-graph.")]
 WorkersOption = Annotated[str, typer.Option(help="auto, ray or local.")]
+ProfileOption = Annotated[
+    str, typer.Option("--profile", help="full, or pruned: only cells that could be chosen.")
+]
 AddressOption = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -70,6 +74,8 @@ def search(
     workload: WorkloadOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
+    mode: ModeOption = "eager",
+    profile: ProfileOption = "full",
     workers: WorkersOption = "auto",
     ray_address: AddressOption = None,
     storage: Annotated[
@@ -116,6 +122,11 @@ def profile(
     workload: WorkloadOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
+    mode: ModeOption = "eager",
+    profile: ProfileOption = "full",
+    check: Annotated[
+        bool, typer.Option("--check", help="Time random plans: predicted against measured.")
+    ] = False,
     workers: WorkersOption = "auto",
     ray_address: AddressOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for latency.csv.")] = None,
@@ -127,10 +138,12 @@ def profile(
 ) -> None:
     """Measure only the latency table of a model on this device."""
     from blast_search import commands
+    from blast_search.settings import Settings
 
     result = commands.profile(
-        task, space, workload, device, dtype, workers, ray_address, out, seed, dry_run,
-        _reporter(quiet, verbose), quiet or as_json,
+        Settings(task=task, budget=1.0, space=space, workload=workload, device=device,
+                 dtype=dtype, mode=mode, profile=profile, seed=seed),
+        workers, ray_address, out, check, dry_run, _reporter(quiet, verbose), quiet or as_json,
     )  # fmt: skip
     if as_json:
         _emit(result)

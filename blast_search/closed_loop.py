@@ -55,7 +55,7 @@ def _meet(
         tried[digest(choices)] = contender
         if not engine.by_time or contender.all_dense:
             break
-        factors.append(engine.latency.factor(choices, measured))
+        factors.append(engine.latency.asked_correction(choices, measured))
         # The median over rounds: following each single timing would chase its noise.
         engine.latency.correction = min(max(median(factors), 0.2), 5.0)
         estimate = engine.predicted_ratio(choices) or measured

@@ -17,7 +17,11 @@ from blast_search import pipeline
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.files import locked, make_folder, read_yaml_mapping, write_json
 from blast_search.latency import CELL_SECONDS, environment, interleave
+from blast_search.latency_model import LatencyModel
+from blast_search.noise import table_noise
+from blast_search.plan_check import check_text, cross_validated, measure_plans
 from blast_search.progress import Reporter
+from blast_search.runfolder import RunFolder
 from blast_search.saved import console
 from blast_search.settings import Settings
 from blast_search.space import LayerSpec, load_space
@@ -27,6 +31,7 @@ from blast_search.tasks import load_task
 NOT_SETTINGS = (
     "workers", "ray_address", "out", "resume", "dry_run", "config", "as_json", "quiet", "verbose",
 )  # fmt: skip
+CHECK_PLANS = 30
 SETTING_NAMES = {f.name for f in fields(Settings)}
 
 
@@ -120,25 +125,24 @@ def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[
 
 
 def profile(
-    task: str, space: str, workload: str | None, device: str, dtype: str, workers: str,
-    ray_address: str | None, out: Path | None, seed: int, dry_run: bool, report: Reporter,
+    settings: Settings,
+    workers: str,
+    ray_address: str | None,
+    out: Path | None,
+    check: bool,
+    dry_run: bool,
+    report: Reporter,
     silent: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The latency table of a task's model: layers.json, environment.json and latency.csv."""
-    settings = Settings(
-        task=task,
-        budget=1.0,
-        space=space,
-        workload=workload,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-    )
+) -> dict[str, Any]:
+    """The latency table of a task's model: layers.json, environment.json and latency.csv.
+
+    With `check`, random plans are built and timed (measured.csv): predicted against measured.
+    """
     settings.check()
     if dry_run:
         return forecast(asdict(settings) | {"out": out}, report, silent)
-    loaded = load_task(task)
-    prepared = pipeline.prepare(loaded, settings, load_space(space))
+    loaded = load_task(settings.task)
+    prepared = pipeline.prepare(loaded, settings, load_space(settings.space))
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = make_folder(out or Path("results") / f"profile-{loaded.name}-{stamp}")
     with locked(folder):
@@ -146,11 +150,30 @@ def profile(
         layers = [asdict(layer) for layer in prepared.layers]
         write_json(folder / "layers.json", {"layers": layers, "skipped": prepared.skipped})
         table = LatencyTable.open(folder / "latency.csv", prepared.fingerprint)
-        pipeline.run_profile(prepared, table, workers, ray_address, report)
+        pipeline.run_profile(prepared, table, workers, ray_address, report, settings.profile)
+        latency = LatencyModel(prepared.layers, table)
+        checked = (
+            measure_plans(
+                prepared.model, latency, prepared.workloads, RunFolder.open(folder), report,
+                settings.seed, CHECK_PLANS, settings.mode,
+            )
+            if check
+            else []
+        )  # fmt: skip
+    noise, errors = table_noise(table.cells), cross_validated(checked)
     if not silent:
         console().print(_latency_table(prepared.layers, table))
+        console().print(noise.text, markup=False)
+        if errors:
+            console().print(check_text(errors), markup=False)
         console().print(f"{folder / 'latency.csv'}", markup=False)
-    return {"folder": str(folder), "cells": len(table.cells), "environment": prepared.environment}
+    return {
+        "folder": str(folder),
+        "cells": len(table.cells),
+        "environment": prepared.environment,
+        "timing_noise": asdict(noise) | {"noisy": noise.noisy},
+        "latency_check": errors,
+    }
 
 
 def _latency_table(layers: list[LayerSpec], table: LatencyTable) -> Table:

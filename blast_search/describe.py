@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from blast_search.engine import Contender, Engine
 from blast_search.evaluate import describe_workloads, size_ratios
 from blast_search.files import write_rows
 from blast_search.latency_model import error_statistics
+from blast_search.noise import table_noise
 from blast_search.plan import FrontPoint, LayerPlan, Plan, pareto
 from blast_search.space import DENSE
 
@@ -80,7 +81,7 @@ class Describer:
             layers={ly.name: LayerPlan.of(ly, chosen.choices[ly.name]) for ly in p.layers},
             task=s.task,
             workload=describe_workloads(p.workloads),
-            environment=p.environment,
+            environment=p.environment | {"mode": p.mode},
             budget={"value": s.budget, "scope": s.budget_scope, "max_drop": s.max_drop},
             predicted={
                 "latency_ms": None if ratio is None else dense.fixed_ms + ratio * span,
@@ -139,11 +140,18 @@ class Describer:
             "seconds": dict(self.pipeline.seconds),
             "peak_memory_mb": round(peak_memory_mb(self.pipeline.prepared.device), 1),
             "correction": self.engine.latency.correction,
+            "factors": {str(b): f for b, f in self.engine.latency.factors.items()},
             "target_layer_ratio": decision.target,
             "rounds": self.engine.rounds,
             "latency_error": dict(error_statistics(pairs)),
+            "latency_check": self.pipeline.latency_check,
+            "timing_noise": self.noise(),
             "additivity": additivity,
         }
+
+    def noise(self) -> dict[str, Any]:
+        found = table_noise(self.engine.latency.table.cells)
+        return asdict(found) | {"noisy": found.noisy, "text": found.text}
 
     def verdict(
         self, chosen: Contender, metrics: Mapping[str, float], after: Mapping[str, float]

@@ -14,20 +14,21 @@ from torch import nn
 
 from blast_search import solver, study
 from blast_search.batches import Batch, mean_divergence
+from blast_search.doubtful import doubtful_cells
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.fitting import Fitter
-from blast_search.latency import Timing, time_variants
+from blast_search.latency import Timing, time_variants, untrained
 from blast_search.latency_model import LatencyModel
 from blast_search.layers import Workload, swapped
-from blast_search.matrix import BlastLinear
 from blast_search.plan import Choices, FrontPoint
 from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder, digest
 from blast_search.sensitivity import Scorer
 from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace
-from blast_search.tables import Option, ScoreTable, layer_options, undominated
+from blast_search.tables import Cell, Option, ScoreTable, layer_options, undominated
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
+PRICE_STEP = 0.97  # of a ratio: the neighbouring plan that gives the price of latency
 FRONT_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
@@ -63,6 +64,7 @@ class Engine:
     run: RunFolder
     report: Reporter
     scope: str = "layers"
+    mode: str = "eager"
     points: list[FrontPoint] = field(default_factory=list)
     rounds: list[dict[str, object]] = field(default_factory=list)
     gap: float = 0.0
@@ -73,20 +75,18 @@ class Engine:
         """Time plans side by side with dense (random factors: values do not change the time)."""
 
         def measure() -> list[dict[str, object]]:
-            variants = {key: self.untrained(choices) for key, choices in contenders.items()}
-            timings = time_variants(self.model, self.layers, variants, self.workloads, seconds)
+            variants = {
+                key: untrained(self.model, self.layers, choices)
+                for key, choices in contenders.items()
+            }
+            timings = time_variants(
+                self.model, self.layers, variants, self.workloads, seconds, mode=self.mode
+            )
             return [asdict(timings[key]) for key in contenders]
 
         key = "+".join(digest(choices) for choices in contenders.values())
         kind = f"timing {seconds:g}s"
         return [_timing(value) for value in self.run.once(kind, key, name, measure)]
-
-    def untrained(self, choices: Choices) -> dict[str, nn.Module]:
-        return {
-            name: BlastLinear.empty_like(self.fitter.dense[name], c.num_blocks, c.rank)
-            for name, c in choices.items()
-            if not c.is_dense
-        }
 
     def true_loss(self, name: str, choices: Choices) -> float:
         """Divergence of the built model from the dense one on all calibration batches."""
@@ -160,7 +160,7 @@ class Engine:
         """What the solver may choose; never a candidate that is slower than dense."""
         options = layer_options(self.layers, self.latency.table, self.scores)
         if self.by_time:
-            return corrected(options, self.latency.correction)
+            return corrected(options, self.latency.factor)
         return {
             ly.name: undominated(
                 [replace(o, cost_us=self.size(ly, o.candidate)) for o in options[ly.name]]
@@ -179,6 +179,21 @@ class Engine:
         solution = solver.solve(self.options(), budget, weights)
         self.gap = max(self.gap, solution.gap)
         return solution.choices
+
+    def doubtful(self, ratio: float) -> list[Cell]:
+        """The cells whose noise could flip the exact plan for a ratio (doubtful.py)."""
+        if not self.by_time or self.space.uniform:
+            return []
+        try:
+            choices, faster = self.exact(ratio), self.exact(PRICE_STEP * ratio)
+        except InfeasibleBudgetError:
+            return []
+        lost = self.predicted_loss(faster) - self.predicted_loss(choices)
+        saved = (self.latency.ratio(choices) or 0.0) - (self.latency.ratio(faster) or 0.0)
+        if lost <= 0 or saved <= 0:
+            return []
+        price = lost / (saved * self.latency.dense_us)
+        return doubtful_cells(self.layers, self.latency.table, self.options(), choices, price)
 
     def fastest(self) -> Choices:
         """The plan of least predicted cost, whatever it loses."""
@@ -274,12 +289,12 @@ class Engine:
         return best[1], count
 
 
-def corrected(options: Mapping[str, list[Option]], factor: float) -> dict[str, list[Option]]:
-    """Options whose replaced layers take `factor` times their cells; dense ones as they are."""
+def corrected(
+    options: Mapping[str, list[Option]], factor: Callable[[Candidate], float]
+) -> dict[str, list[Option]]:
+    """Options that cost `factor` times their cells."""
     return {
-        name: undominated(
-            [o if o.candidate.is_dense else replace(o, cost_us=o.cost_us * factor) for o in items]
-        )
+        name: undominated([replace(o, cost_us=o.cost_us * factor(o.candidate)) for o in items])
         for name, items in options.items()
     }
 

@@ -23,6 +23,7 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.figures import FrontRow
 from blast_search.files import read_json, read_rows
 from blast_search.plan import LayerPlan, Plan
+from blast_search.plan_check import CHECKED, check_text
 from blast_search.space import DENSE, Call, LayerSpec
 from blast_search.tables import FIELDS, LatencyTable
 
@@ -196,7 +197,8 @@ def _accuracy(plan: Plan, front: Sequence[FrontRow]) -> list[Block]:
     blocks: list[Block] = [
         Table(["this plan", "predicted", "measured", "prediction off by"], rows)
     ]
-    blocks += [Paragraph(text) for text in (_latency_error(plan), _additivity(plan)) if text]
+    texts = (_latency_check(plan), _latency_error(plan), _noise(plan), _additivity(plan))
+    blocks += [Paragraph(text) for text in texts if text]
     rounds = pick(plan.search, "rounds")
     steps = [
         [str(n), show(pick(r, "predicted_ratio")), show(pick(r, "measured_ratio"))]
@@ -214,17 +216,27 @@ def _accuracy(plan: Plan, front: Sequence[FrontRow]) -> list[Block]:
     return blocks
 
 
+def _latency_check(plan: Plan) -> str:
+    found = plan.search.get("latency_check")
+    if isinstance(found, dict) and all(number(pick(found, key)) is not None for key in CHECKED):
+        return check_text(found)
+    return "No random plans were timed, so the error of predicted latency is not known."
+
+
 def _latency_error(plan: Plan) -> str:
     found = pick(plan.search, "latency_error")
     median, worst = number(pick(found, "median")), number(pick(found, "worst"))
     if median is None or worst is None:
-        return "No plans were held out, so the error of predicted latency is not known."
-    bias = number(pick(found, "bias"))
+        return ""
     return (
-        f"On {show(pick(found, 'plans'), '.0f')} held-out plans, predicted layer latency differed "
-        f"from measured by {median * 100:.1f}% (median), {worst * 100:.1f}% (worst)"
-        + (f", {bias * 100:+.1f}% on average." if bias is not None else ".")
+        f"In the {show(pick(found, 'plans'), '.0f')} rounds of the closed loop, predicted layer "
+        f"latency differed from measured by {median * 100:.1f}% (median), {worst * 100:.1f}% "
+        "(worst)."
     )
+
+
+def _noise(plan: Plan) -> str:
+    return clean(pick(plan.search, "timing_noise", "text") or "")
 
 
 def _additivity(plan: Plan) -> str:

@@ -147,6 +147,7 @@ class Finish:
             storage = Storage(s.storage, f"{storage.study}-{self.folder.resolve().name}")
         if s.budget is not None:
             target = layer_target(s.budget_scope, s.budget, dense, self.share)
+            self.pipeline.settle(self.engine, target)
             return decide(
                 self.engine, target, dense, s.trials, storage, s.seed,
                 self.pipeline.search_expired,

@@ -24,12 +24,17 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.files import sha256_json
 from blast_search.layers import Workload, get_modules, set_modules, stubs
 from blast_search.matrix import BlastLinear
+from blast_search.modes import timed_call
+from blast_search.noise import NARROW, WIDE, OtherLoad, half_width, median_interval
+from blast_search.plan import Choices
 from blast_search.space import Candidate, LayerSpec, SearchSpace
 from blast_search.tables import Cell, LatencyTable, Measurement
 
 WARMUP = 3
-CELL_SECONDS = 0.25
+CELL_SECONDS = 0.4  # at most, per attempt; a steady cell needs a fraction
+CELL_ATTEMPTS = 2
 MIN_ROUNDS, MAX_ROUNDS = 12, 200
+CHECK_ROUNDS = 8  # how often a cell asks whether it has enough
 MODEL_ROUNDS = 60
 
 
@@ -81,12 +86,14 @@ def interleave(
     max_rounds: int = MAX_ROUNDS,
     prepare: Callable[[str], None] = lambda name: None,
     best_of: int = 1,
+    enough: Callable[[Mapping[str, list[float]]], bool] = lambda samples: False,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, np.ndarray]:
     """Microseconds of every call, one sample per round: A B C, B C A, C A B, ...
 
     `prepare(name)` runs untimed before each contender's turn.  A sample is the faster of
-    `best_of` calls in a row.  Rounds go on for `seconds`, within the limits.
+    `best_of` calls in a row.  Rounds go on for `seconds`, within the limits, or until `enough`,
+    asked every CHECK_ROUNDS rounds.
     """
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -108,6 +115,8 @@ def interleave(
                 turns.append((clock() - begin) / 1e3)
             samples[name].append(min(turns))
         done += 1
+        if done >= min_rounds and done % CHECK_ROUNDS == 0 and enough(samples):
+            break
     return {name: np.array(values) for name, values in samples.items()}
 
 
@@ -118,14 +127,19 @@ def kernel_label(c: Candidate, dtype: torch.dtype, device_type: str, tokens: int
 
 
 def cells_for(
-    layers: Iterable[LayerSpec], space: SearchSpace, device: str, dtype: torch.dtype, kind: str
+    layers: Iterable[LayerSpec],
+    space: SearchSpace,
+    device: str,
+    dtype: torch.dtype,
+    kind: str,
+    mode: str = "eager",
 ) -> list[Cell]:
     """The distinct cells of a grid; layers of equal shape, bias and token count share them."""
     return list(
         dict.fromkeys(
             Cell(
                 device,
-                "eager",
+                mode,
                 str(dtype).removeprefix("torch."),
                 kernel_label(c, dtype, kind, call.tokens),
                 *layer.shape,
@@ -141,24 +155,58 @@ def cells_for(
 
 
 def measure_cell(cell: Cell, device_type: str, seconds: float = CELL_SECONDS) -> Measurement:
-    """Time one candidate interleaved with its dense twin on random weights and inputs."""
+    """Time one candidate interleaved with its dense twin on random weights and inputs.
+
+    Repeats until the interval of the ratio is narrow, for at most `seconds`; what is still
+    uncertain then is tried again (other load often passes), and the best attempt counts.
+    """
     device, dtype = torch.device(device_type), getattr(torch, cell.dtype)
     n, m = cell.in_features, cell.out_features
     new: dict[str, Any] = {"device": device, "dtype": dtype}
     x = torch.randn(cell.tokens, n, **new)
     dense = nn.Linear(n, m, cell.bias, **new)
-    calls: dict[str, Callable[[], object]] = {"dense": lambda: dense(x)}
+    modules: dict[str, nn.Module] = {"dense": dense}
     if not cell.candidate.is_dense:
         c = cell.candidate
-        layer = BlastLinear(n, m, c.num_blocks, c.rank, cell.bias, **new)
-        calls["candidate"] = lambda: layer(x)
+        modules["candidate"] = BlastLinear(n, m, c.num_blocks, c.rank, cell.bias, **new)
     with torch.inference_mode():
-        times = interleave(calls, synchronizer(device), seconds)
-    mine, twin = times.get("candidate", times["dense"]), times["dense"]
+        calls = {
+            name: timed_call(cell.mode, module, lambda layer: layer(x))
+            for name, module in modules.items()
+        }
+    attempts = []
+    for _ in range(CELL_ATTEMPTS):
+        load = OtherLoad()
+        with torch.inference_mode():
+            times = interleave(calls, synchronizer(device), seconds, enough=_narrow)
+        attempts.append(_measurement(times, load.share()))
+        if _uncertainty(attempts[-1]) <= WIDE:
+            break
+    return min(attempts, key=_uncertainty)
+
+
+def _narrow(samples: Mapping[str, list[float]]) -> bool:
+    return half_width(median_interval(_ratios(samples))) <= NARROW
+
+
+def _uncertainty(measured: Measurement) -> float:
+    return half_width((measured.ratio_low, measured.ratio_high))
+
+
+def _ratios(samples: Mapping[str, Sequence[float] | np.ndarray]) -> np.ndarray:
+    """Candidate / dense by round; for a dense cell, its times relative to their median."""
+    dense = np.asarray(samples["dense"])
+    if "candidate" in samples:
+        return np.asarray(np.asarray(samples["candidate"]) / dense)
+    return np.asarray(dense / np.median(dense))
+
+
+def _measurement(times: Mapping[str, np.ndarray], other_load: float) -> Measurement:
+    mine, ratios = times.get("candidate", times["dense"]), _ratios(times)
     p10, p50, p90 = np.percentile(mine, (10, 50, 90))
     return Measurement(
-        float(p50), float(p10), float(p90), len(mine),
-        float(np.median(twin)), float(np.median(mine / twin)),
+        float(p50), float(p10), float(p90), len(mine), float(np.median(times["dense"])),
+        float(np.median(ratios)), *median_interval(ratios), round(other_load, 3),
     )  # fmt: skip
 
 
@@ -189,6 +237,18 @@ class Timing:
     ratio_model_ci95: tuple[float, float]
 
 
+def untrained(
+    model: nn.Module, layers: Sequence[LayerSpec], plan: Choices
+) -> dict[str, nn.Module]:
+    """Modules of a plan with random factors, to be timed: values do not change the time."""
+    dense = get_modules(model, layers)
+    return {
+        name: BlastLinear.empty_like(dense[name], c.num_blocks, c.rank)
+        for name, c in plan.items()
+        if not c.is_dense
+    }
+
+
 def time_variants(
     model: nn.Module,
     layers: Sequence[LayerSpec],
@@ -196,13 +256,15 @@ def time_variants(
     workloads: Sequence[Workload],
     seconds: float,
     min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MODEL_ROUNDS,
+    mode: str = "eager",
 ) -> dict[str, Timing]:
     """Time the dense model, its skeleton and its variants, interleaved in one process.
 
     Args:
         model: the dense model; left as it was.
         variants: per name, the modules that replace layers (others stay dense).
-        seconds: for all rounds together, beyond `min_rounds`.
+        seconds: for all rounds together, within `min_rounds` and `max_rounds`.
     """
     device = next(model.parameters()).device
     before = get_modules(model, layers)
@@ -219,13 +281,20 @@ def time_variants(
             def prepare(name: str) -> None:
                 set_modules(model, layers, sets[name])
 
+            def call(mine: nn.Module, batch: Any = batch) -> object:
+                return call_model(mine, batch)
+
             with torch.inference_mode():
+                calls = {}
+                for name in sets:
+                    prepare(name)
+                    calls[name] = timed_call(mode, model, call)
                 times = interleave(
-                    dict.fromkeys(sets, lambda batch=batch: call_model(model, batch)),  # type: ignore[misc]
+                    calls,
                     synchronizer(device),
                     seconds / len(workloads),
                     min_rounds,
-                    MODEL_ROUNDS,
+                    max_rounds,
                     prepare=prepare,
                     # The first call after a swap warms caches; the faster one also sheds most
                     # interruptions by other programs.

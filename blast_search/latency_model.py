@@ -1,9 +1,11 @@
 """Whole-model latency of a plan, predicted from cells and corrected by measurement.
 
-    layer ratio = (cells left dense + correction * cells replaced) / all cells dense
+    layer ratio = (cells left dense + correction * sum_b factor_b * cells of b blocks) / all dense
+    model latency = fixed + layer ratio * (dense - fixed)
 
 Cells are timed alone, with warm caches; inside a model, replaced layers take somewhat more or
-less beside dense ones.  The correction is fitted to measured whole models of one kind of plan.
+less.  `factors` are fitted to measured random plans (plan_check.py), once per run; `correction`
+to the plans of one kind that the closed loop builds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ from blast_search.plan import Choices
 from blast_search.space import DENSE, Candidate, LayerSpec
 from blast_search.tables import LatencyTable
 
+RIDGE = 0.02  # pull of a factor towards 1, relative to one plan that is all of its kind
+LIMITS = (0.3, 3.0)
+
+Shares = dict[int, float]  # block count (0: left dense) -> share of the dense layers' time
+
 
 @dataclass
 class LatencyModel:
@@ -25,6 +32,7 @@ class LatencyModel:
     layers: Sequence[LayerSpec]
     table: LatencyTable
     correction: float = 1.0
+    factors: dict[int, float] = field(default_factory=dict)
     _costs: dict[str, dict[Candidate, float]] = field(default_factory=dict)
 
     def costs(self, name: str) -> dict[Candidate, float]:
@@ -32,35 +40,44 @@ class LatencyModel:
             self._costs = {layer.name: self.table.costs(layer) for layer in self.layers}
         return self._costs[name]
 
+    def table_changed(self) -> None:
+        self._costs = {}
+
     @property
     def dense_us(self) -> float:
         return sum(self.costs(layer.name)[DENSE] for layer in self.layers)
 
+    def factor(self, candidate: Candidate) -> float:
+        """What a cell's time is multiplied with; layers left dense need no correction."""
+        if candidate.is_dense:
+            return 1.0
+        return self.correction * self.factors.get(candidate.num_blocks, 1.0)
+
     def ratio(self, choices: Choices, correction: float | None = None) -> float | None:
         """Corrected layer latency ratio; None if a block count of the plan was never measured."""
-        parts = self.parts(choices)
-        if parts is None:
+        shares = self.shares(choices)
+        if shares is None:
             return None
-        return parts[0] + (self.correction if correction is None else correction) * parts[1]
+        correction = self.correction if correction is None else correction
+        return shares.get(0, 0.0) + correction * replaced(shares, self.factors)
 
-    def parts(self, choices: Choices) -> tuple[float, float] | None:
-        """Uncorrected shares of the dense time: of layers left dense, of replaced layers."""
-        kept = replaced = 0.0
+    def shares(self, choices: Choices) -> Shares | None:
+        """Uncorrected, by block count."""
+        shares: Shares = {}
         for layer in self.layers:
             candidate = choices.get(layer.name, DENSE)
             cost = self._cost(layer.name, candidate)
             if cost is None:
                 return None
-            if candidate.is_dense:
-                kept += cost
-            else:
-                replaced += cost
-        return kept / self.dense_us, replaced / self.dense_us
+            b = candidate.num_blocks
+            shares[b] = shares.get(b, 0.0) + cost / self.dense_us
+        return shares
 
-    def factor(self, choices: Choices, measured: float) -> float:
+    def asked_correction(self, choices: Choices, measured: float) -> float:
         """The correction that would have predicted a measured ratio exactly."""
-        kept, replaced = self.parts(choices) or (0.0, 1.0)
-        return (measured - kept) / replaced if replaced > 0 else 1.0
+        shares = self.shares(choices) or {}
+        part = replaced(shares, self.factors)
+        return (measured - shares.get(0, 0.0)) / part if part > 0 else 1.0
 
     def _cost(self, name: str, candidate: Candidate) -> float | None:
         costs = self.costs(name)
@@ -72,6 +89,29 @@ class LatencyModel:
             return None
         ranks, values = zip(*points, strict=True)
         return float(np.interp(candidate.rank, ranks, values))
+
+
+def replaced(shares: Shares, factors: Mapping[int, float]) -> float:
+    """The share of the replaced layers, corrected by block count."""
+    return sum(factors.get(b, 1.0) * share for b, share in shares.items() if b)
+
+
+def fit_factors(plans: Sequence[tuple[Shares, float]]) -> dict[int, float]:
+    """Factors per block count from (shares, measured layer ratio) of plans.
+
+    Least squares of the relative errors, with a ridge towards 1: a block count that few plans
+    use keeps its cells' times.
+    """
+    blocks = sorted({b for shares, _ in plans for b in shares if b})
+    if not blocks:
+        return {}
+    ratios = np.array([ratio for _, ratio in plans])
+    shares = np.array([[shares.get(b, 0.0) for b in (0, *blocks)] for shares, _ in plans])
+    shares /= ratios[:, None]
+    used, missing = shares[:, 1:], 1.0 - shares.sum(1)  # what factors of 1 leave unexplained
+    normal = used.T @ used + RIDGE * np.eye(len(blocks))
+    factors = 1.0 + np.linalg.solve(normal, used.T @ missing)
+    return {b: float(f) for b, f in zip(blocks, np.clip(factors, *LIMITS), strict=True)}
 
 
 def error_statistics(pairs: Sequence[tuple[float, float]]) -> Mapping[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,28 @@ from torch import nn
 from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
 from blast_search.describe import write_front
+from blast_search.doubtful import narrower
 from blast_search.engine import Engine
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task, evaluate, workloads_of
 from blast_search.files import locked, write_json, write_rows
 from blast_search.finish import Finish
 from blast_search.fitting import Fitter
-from blast_search.latency import cells_for, environment, fingerprint, missing_cells
-from blast_search.latency_model import LatencyModel
+from blast_search.latency import (
+    cells_for,
+    environment,
+    fingerprint,
+    measure_cell,
+    missing_cells,
+)
+from blast_search.latency_model import LatencyModel, fit_factors
 from blast_search.layers import Workload, inventory
+from blast_search.modes import check_mode
+from blast_search.noise import table_noise
 from blast_search.plan import FrontPoint, Plan, pareto
+from blast_search.plan_check import cross_validated, measure_plans
 from blast_search.progress import SILENT, Reporter
+from blast_search.pruning import promising_cells, seed_cells
 from blast_search.report import write_report
 from blast_search.runfolder import RunFolder, start_folder
 from blast_search.sensitivity import ProbeTable, estimate_scores
@@ -32,6 +44,9 @@ from blast_search.settings import DTYPES, Settings, pick_device
 from blast_search.space import LayerSpec, SearchSpace, load_space
 from blast_search.tables import Cell, LatencyTable, Measurement, ScoreTable
 from blast_search.workers import measure_cells, resolve
+
+DOUBTFUL_SECONDS = 2.0  # per cell at most
+CHECK_SHARE = 0.1  # of --time-limit, for timing random plans
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,7 @@ class Prepared:
     workloads: list[Workload]
     device: torch.device
     dtype: torch.dtype
+    mode: str
     environment: dict[str, Any]
 
     @property
@@ -63,7 +79,9 @@ class Prepared:
         return fingerprint(self.environment)
 
     def cells(self) -> list[Cell]:
-        return cells_for(self.layers, self.space, self.fingerprint, self.dtype, self.device.type)
+        return cells_for(
+            self.layers, self.space, self.fingerprint, self.dtype, self.device.type, self.mode
+        )
 
 
 def prepare(task: Task, settings: Settings, space: SearchSpace) -> Prepared:
@@ -75,6 +93,7 @@ def prepare(task: Task, settings: Settings, space: SearchSpace) -> Prepared:
     """
     torch.manual_seed(settings.seed)
     device, dtype = pick_device(settings.device), DTYPES[settings.dtype]
+    check_mode(settings.mode, device.type)
     workloads = workloads_of(task, settings.workload)
     model = task.model().eval().to(device, dtype)
     layers, skipped = inventory(model, workloads, space)
@@ -86,21 +105,38 @@ def prepare(task: Task, settings: Settings, space: SearchSpace) -> Prepared:
         )
     space.check(layers)
     env = environment(device) | {"dtype": settings.dtype}
-    return Prepared(task, model, layers, skipped, space, workloads, device, dtype, env)
+    return Prepared(
+        task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env
+    )
 
 
 def run_profile(
-    prepared: Prepared, table: LatencyTable, workers: str, address: str | None, report: Reporter
+    prepared: Prepared,
+    table: LatencyTable,
+    workers: str,
+    address: str | None,
+    report: Reporter,
+    profile: str = "full",
 ) -> None:
-    """Measure every cell that is not on file yet."""
-    missing = missing_cells(table, prepared.cells())
-    with report.stage(f"profile cells ({resolve(workers)})", len(missing)) as advance:
+    """Measure the cells that are not on file yet: all, or those worth it ("pruned")."""
 
-        def record(cell: Cell, measured: Measurement | None, status: str) -> None:
-            table.add(cell, measured, status)
-            advance()
+    def measure(cells: list[Cell], name: str) -> None:
+        missing = missing_cells(table, cells)
+        with report.stage(f"{name} ({resolve(workers)})", len(missing)) as advance:
 
-        measure_cells(missing, prepared.device.type, record, workers, address)
+            def record(cell: Cell, measured: Measurement | None, status: str) -> None:
+                table.add(cell, measured, status)
+                advance()
+
+            measure_cells(missing, prepared.device.type, record, workers, address)
+
+    cells = prepared.cells()
+    if profile == "pruned":
+        measure(seed_cells(cells), "profile first cells")
+        cells = promising_cells(prepared.layers, cells, table)
+    measure(cells, "profile cells")
+    noise = table_noise(table.cells)
+    report.say(noise.text) if noise.noisy else report.detail(noise.text)
     failed = sum(value is None for value in table.cells.values())
     if failed:
         report.say(f"{failed} cells could not be measured; their candidates are left out.")
@@ -131,6 +167,8 @@ def search(
     out: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
+    mode: str = "eager",
+    profile: str = "full",
     report: Reporter = SILENT,
 ) -> Run:
     """Search, build, retrain and verify the plan that meets the budgets (README, "Commands").
@@ -141,6 +179,8 @@ def search(
         max_drop: how far the metric may fall after retraining, in its own unit.
         out: the run folder; default results/<task>-<date>.
         resume: continue the run in `out`; nothing that was measured is measured again.
+        mode: how calls are timed (modes.py): "eager", "compiled", "cuda-graph".
+        profile: "full" measures every candidate's cells, "pruned" those that could be chosen.
 
     Returns:
         The finished run.
@@ -154,7 +194,7 @@ def search(
     space_name = space.name if isinstance(space, SearchSpace) else str(space or "default")
     settings = Settings(
         task if isinstance(task, str) else task.name, budget, budget_scope, max_drop, space_name,
-        workload, device, dtype, storage, trials, time_limit, retrain_steps, seed,
+        workload, device, dtype, mode, profile, storage, trials, time_limit, retrain_steps, seed,
     )  # fmt: skip
     settings.check()
     resolve(workers)
@@ -191,6 +231,7 @@ class Pipeline:
         self.seconds: dict[str, float] = {}
         self.started = time.monotonic()
         self.dense_metric = float("nan")
+        self.latency_check: dict[str, float] = {}
 
     def _timed(self, stage: str, since: float) -> None:
         self.seconds[stage] = round(time.monotonic() - since, 1)
@@ -213,10 +254,11 @@ class Pipeline:
         )
         since = time.monotonic()
         table = LatencyTable.open(self.folder / "latency.csv", p.fingerprint)
-        run_profile(p, table, self.workers, self.ray_address, self.report)
+        run_profile(p, table, self.workers, self.ray_address, self.report, self.settings.profile)
         self._timed("profile", since)
+        latency = self.checked(LatencyModel(p.layers, table))
         since = time.monotonic()
-        engine = self.scored(table)
+        engine = self.scored(latency)
         self._timed("score", since)
         self.dense_metric = float(
             self.records.once("metric", "dense", "dense", lambda: evaluate(p.task, p.model))
@@ -229,7 +271,49 @@ class Pipeline:
             raise error
         return Run(self.folder, plan, pareto(points), model)
 
-    def scored(self, table: LatencyTable) -> Engine:
+    def checked(self, latency: LatencyModel) -> LatencyModel:
+        """The latency model, corrected by random plans; its error on those outside the fit."""
+        p, since, limit = self.prepared, time.monotonic(), self.settings.time_limit
+
+        def expired() -> bool:
+            return limit is not None and time.monotonic() - since > 60 * CHECK_SHARE * limit
+
+        plans = measure_plans(
+            p.model, latency, p.workloads, self.records, self.report, self.settings.seed,
+            mode=p.mode, expired=expired,
+        )  # fmt: skip
+        self.latency_check = cross_validated(plans)
+        latency.factors = fit_factors([(c.shares, c.measured_ratio_layers) for c in plans])
+        self._timed("latency check", since)
+        return latency
+
+    def settle(self, engine: Engine, target: float) -> None:
+        """Measure again, longer, the cells whose noise could flip the exact plan; once per run."""
+
+        def measure() -> int:
+            cells = engine.doubtful(target)
+            found: list[tuple[Cell, Measurement | None]] = []
+            with self.report.stage("profile doubtful cells again", len(cells)) as advance:
+
+                def record(cell: Cell, measured: Measurement | None, status: str) -> None:
+                    found.append((cell, measured))
+                    advance()
+
+                longer = partial(measure_cell, seconds=DOUBTFUL_SECONDS)
+                measure_cells(
+                    cells, self.prepared.device.type, record, self.workers, self.ray_address,
+                    longer,
+                )  # fmt: skip
+            table = engine.latency.table
+            for cell, measured in found:
+                if narrower(measured, table.cells[cell]):
+                    table.add(cell, measured)
+            return len(cells)
+
+        if self.records.once("doubtful cells", f"{target:.4f}", "exact", measure):
+            engine.latency.table_changed()
+
+    def scored(self, latency: LatencyModel) -> Engine:
         """Calibrate, probe and score: everything that the solver needs."""
         p = self.prepared
         batches = list(p.task.calibration())
@@ -244,12 +328,20 @@ class Pipeline:
         fitter = Fitter(p.model, p.layers, grams, ranks)
         probes = ProbeTable.open(self.folder / "probes.csv")
         scorer = estimate_scores(
-            p.model, p.layers, p.space, table, fitter, batches, references, probes, self.report
-        )
+            p.model,
+            p.layers,
+            p.space,
+            latency.table,
+            fitter,
+            batches,
+            references,
+            probes,
+            self.report,
+        )  # fmt: skip
         scores = scorer.table(p.layers)
         write_rows(self.folder / "scores.csv", ScoreTable.FIELDS, scores.rows())
         return Engine(
             p.model, p.layers, p.space, p.workloads, batches, references,
-            LatencyModel(p.layers, table), fitter, scorer, scores, self.records, self.report,
-            self.settings.budget_scope,
+            latency, fitter, scorer, scores, self.records, self.report,
+            self.settings.budget_scope, p.mode,
         )  # fmt: skip

@@ -29,10 +29,12 @@ from blast_search.evaluate import (
 )
 from blast_search.files import make_folder, read_json, read_rows
 from blast_search.latency import environment, fingerprint, time_variants
+from blast_search.latency_model import LatencyModel
 from blast_search.layers import inventory
 from blast_search.plan import FrontPoint, LayerPlan, Plan
 from blast_search.progress import Reporter
 from blast_search.retrain import retrain as retrain_model
+from blast_search.settings import DTYPES, pick_device
 from blast_search.space import Call, LayerSpec, SearchSpace
 from blast_search.tables import LatencyTable, ScoreTable, layer_options
 from blast_search.tasks import load_task
@@ -110,8 +112,9 @@ def plan_at(run: Path, ratio: float) -> Plan:
     dense_us = sum(
         max(o.cost_us for o in opts if o.candidate.is_dense) for opts in options.values()
     )
-    correction = float(base.search.get("correction") or 1.0)
-    options = corrected(options, correction)
+    factors = {int(b): float(f) for b, f in (base.search.get("factors") or {}).items()}
+    latency = LatencyModel(layers, table, float(base.search.get("correction") or 1.0), factors)
+    options = corrected(options, latency.factor)
     try:
         solution = solver.solve(options, ratio * dense_us)
     except InfeasibleBudgetError:
@@ -223,12 +226,19 @@ def verify(
     """Quality, latency, parameters and MACs of a saved model against dense."""
     plan = Plan.load(folder)
     loaded = _task_of(plan, task)
-    model, dense = load(folder, loaded.model), loaded.model()
+    # As the plan was measured: on its kind of device, in its dtype, called in its mode.
+    env = plan.environment
+    device = pick_device(str(env.get("device_type", "auto")))
+    dtype = DTYPES[str(env.get("dtype", "float32"))]
+    model = load(folder, loaded.model).eval().to(device, dtype)
+    dense = loaded.model().eval().to(device, dtype)
     workloads = workloads_of(loaded)
     everything = SearchSpace(output_head=True)
     layers = [ly for ly in inventory(dense, workloads, everything)[0] if ly.name in plan.layers]
     replaced = {n: model.get_submodule(n) for n, c in plan.choices.items() if not c.is_dense}
-    timing = time_variants(dense, layers, {"plan": replaced}, workloads, seconds)["plan"]
+    timing = time_variants(
+        dense, layers, {"plan": replaced}, workloads, seconds, mode=str(env.get("mode", "eager"))
+    )["plan"]
     macs, params = size_ratios(
         layers, plan.choices, count_params(dense), count_macs(dense, workloads)
     )
@@ -240,7 +250,7 @@ def verify(
         "latency_ratio_model": timing.ratio_model,
         "macs_ratio": macs,
         "params_ratio": params,
-        "environment": environment(next(dense.parameters()).device),
+        "environment": environment(device) | {"dtype": env.get("dtype", "float32")},
     }
     if not silent:
         view = Table(title=f"{folder}: measured, interleaved, {timing.runs} rounds")

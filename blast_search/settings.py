@@ -9,6 +9,7 @@ import torch
 
 from blast_search.errors import UsageError
 
+PROFILES = ("full", "pruned")
 SCOPES = ("layers", "model", "macs", "params")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,6 +26,8 @@ class Settings:
     workload: str | None = None
     device: str = "auto"
     dtype: str = "float32"
+    mode: str = "eager"
+    profile: str = "full"
     storage: str | None = None
     trials: int = 20
     time_limit: float | None = None  # minutes
@@ -48,6 +51,8 @@ class Settings:
             )
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")
+        if self.profile not in PROFILES:
+            raise UsageError(f"profile is {self.profile!r}, expected {' or '.join(PROFILES)}.")
         if self.trials < 0 or (self.retrain_steps or 0) < 0:
             raise UsageError("trials and retrain_steps must be 0 or more.")
         if self.time_limit is not None and not self.time_limit > 0:

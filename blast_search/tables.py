@@ -37,7 +37,9 @@ class Cell:
 class Measurement:
     """Microseconds of repeated calls, and the median of the dense twin timed in between.
 
-    `ratio` is the median over rounds of candidate / dense: machine drift cancels in it.
+    `ratio` is the median over rounds of candidate / dense: machine drift cancels in it; ratio_low
+    and ratio_high bound it with 95 % confidence.  `other_load` is the share of the processors
+    that other programs took meanwhile.
     """
 
     median_us: float
@@ -46,11 +48,15 @@ class Measurement:
     runs: int
     dense_us: float
     ratio: float
+    ratio_low: float
+    ratio_high: float
+    other_load: float = 0.0
 
 
 FIELDS = (
     "device", "mode", "dtype", "kernel", "out_features", "in_features", "bias", "tokens",
-    "candidate", "median_us", "p10_us", "p90_us", "runs", "dense_us", "ratio", "status",
+    "candidate", "median_us", "p10_us", "p90_us", "runs", "dense_us", "ratio",
+    "ratio_low", "ratio_high", "other_load", "status",
 )  # fmt: skip
 
 
@@ -104,7 +110,7 @@ class LatencyTable:
         The dense time of a shape is the median over all its twins; a candidate costs its
         interleaved ratio times that.
         """
-        twins = self._dense_us()
+        twins = self.dense_us()
         ratios: dict[tuple[int, Candidate], float] = {}
         for cell, measured in self.cells.items():
             if measured and _shape(cell) == (*layer.shape, layer.bias):
@@ -122,7 +128,8 @@ class LatencyTable:
                 costs[candidate] = sum(parts)
         return costs
 
-    def _dense_us(self) -> dict[tuple[int, int, bool, int], float]:
+    def dense_us(self) -> dict[tuple[int, int, bool, int], float]:
+        """The dense time of each (out_features, in_features, bias, tokens)."""
         samples: dict[tuple[int, int, bool, int], list[float]] = defaultdict(list)
         for cell, measured in self.cells.items():
             if measured:
@@ -146,6 +153,7 @@ def _parse_row(row: Mapping[str, str], origin: str) -> tuple[Cell, Measurement |
         measured = Measurement(
             float(row["median_us"]), float(row["p10_us"]), float(row["p90_us"]),
             int(row["runs"]), float(row["dense_us"]), float(row["ratio"]),
+            float(row["ratio_low"]), float(row["ratio_high"]), float(row["other_load"]),
         )  # fmt: skip
     except (ValueError, IncompatibleInputError) as error:
         raise IncompatibleInputError(

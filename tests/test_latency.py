@@ -129,7 +129,7 @@ def table_for(layers, ratio: float) -> LatencyTable:
     table = LatencyTable("d")
     for cell in cells_for(layers, SPACE, "d", torch.float32, "cpu"):
         r = 1.0 if cell.candidate.is_dense else ratio * cell.candidate.rank / 10
-        table.add(cell, Measurement(100 * r, 90 * r, 110 * r, 20, 100.0, r))
+        table.add(cell, Measurement(100 * r, 90 * r, 110 * r, 20, 100.0, r, r, r))
     return table
 
 
@@ -147,7 +147,7 @@ def test_latency_model_adds_corrects_and_interpolates():
         (3 + 0.5 * middle.rank / 10) / 4
     )
     plan = dense | {layers[0].name: low}
-    model.correction = model.factor(plan, 0.9)  # what a measured ratio of 0.9 asks for
+    model.correction = model.asked_correction(plan, 0.9)  # what a measured ratio of 0.9 asks for
     assert model.ratio(plan) == pytest.approx(0.9)
     assert model.ratio(dense) == pytest.approx(1.0)  # layers left dense need no correction
     assert model.ratio(dense | {layers[0].name: Candidate(16, 4)}) is None

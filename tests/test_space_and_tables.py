@@ -80,7 +80,7 @@ def cell(rank: int = 8, **changes) -> Cell:
     return Cell(**(values | changes))
 
 
-MEASURED = Measurement(50.0, 48.0, 55.0, 20, 100.0, 0.5)
+MEASURED = Measurement(50.0, 48.0, 55.0, 20, 100.0, 0.5, 0.49, 0.51, 0.02)
 
 
 def test_latency_table_round_trip(tmp_path: Path):
@@ -122,7 +122,7 @@ def test_shared_layers_cost_every_call():
     table = LatencyTable("d1")
     table.add(cell(), MEASURED)
     assert table.costs(layer) == {}  # the 4-token call was never measured
-    table.add(cell(tokens=4), Measurement(20, 20, 20, 9, 40.0, 0.5))
+    table.add(cell(tokens=4), Measurement(20, 20, 20, 9, 40.0, 0.5, 0.5, 0.5))
     assert table.costs(layer)[DENSE] == 100 + 100 + 20
 
 

@@ -1,0 +1,63 @@
+"""Modes of timed calls: what is compiled or captured computes the same as the plain call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toy import ToyTask
+
+import blast_search as bs
+from blast_search.errors import UsageError
+from blast_search.latency import time_variants, untrained
+from blast_search.layers import Workload, inventory
+from blast_search.modes import check_mode, timed_call
+from blast_search.space import Candidate, SearchSpace
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+
+
+def test_unknown_modes_and_missing_devices_are_refused():
+    check_mode("compiled", "cpu")
+    check_mode("cuda-graph", "cuda")
+    with pytest.raises(UsageError, match="expected one of eager, compiled, cuda-graph"):
+        check_mode("fast", "cpu")
+    with pytest.raises(UsageError, match="needs a CUDA device"):
+        check_mode("cuda-graph", "cpu")
+
+
+@torch.inference_mode()
+def test_compiled_variants_are_kept_apart_from_the_model():
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)
+    dense, expected = model[0], model(x)
+    first = timed_call("compiled", model, lambda m: m(x))
+    model[0] = bs.BlastLinear(64, 64, 2, 8)
+    second = timed_call("compiled", model, lambda m: m(x))
+    other = model(x)
+    model[0] = dense  # neither is changed by what the model becomes
+    torch.testing.assert_close(first(), expected)
+    torch.testing.assert_close(second(), other)
+    assert not torch.allclose(expected, other)
+    with torch.no_grad():
+        dense.weight.zero_()  # weights are shared, not copied
+    torch.testing.assert_close(first(), model(x))
+
+
+def test_whole_models_are_timed_compiled():
+    task = ToyTask()
+    model, workloads = task.model(), [Workload("w", task.workload())]
+    layers, _ = inventory(model, workloads, SearchSpace(include=("blocks.0.*",)))
+    variants = {"b2": untrained(model, layers, {layers[0].name: Candidate(2, 16)})}
+    timing = time_variants(model, layers, variants, workloads, 0.1, 3, 3, mode="compiled")["b2"]
+    assert timing.runs == 3
+    assert 0 < timing.fixed_ms < timing.dense_ms
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.inference_mode()
+def test_captured_calls_compute_the_same():
+    model, x = nn.Linear(64, 64).cuda(), torch.randn(4, 64, device="cuda")
+    call = timed_call("cuda-graph", model, lambda m: m(x))
+    expected = model(x)
+    torch.testing.assert_close(call(), expected)
