@@ -14,9 +14,10 @@ from rich.table import Table
 from torch import nn
 
 from blast_search import pipeline
+from blast_search.cellcache import open_cache
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.files import locked, make_folder, read_yaml_mapping, write_json
-from blast_search.latency import CELL_SECONDS, environment, interleave
+from blast_search.latency import CELL_SECONDS, environment, interleave, missing_cells
 from blast_search.progress import Reporter
 from blast_search.saved import console
 from blast_search.settings import Settings
@@ -97,21 +98,26 @@ def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[
     task, space = load_task(settings.task), load_space(settings.space)
     prepared = pipeline.prepare(task, settings, space)
     cells = prepared.cells()
-    known = 0
+    missing = cells
     out = values.get("out")
     if out and (Path(out) / "latency.csv").is_file():
         table = LatencyTable.open(Path(out) / "latency.csv", prepared.fingerprint)
-        known = sum(cell in table.cells for cell in cells)
+        missing = missing_cells(table, cells)
+    cache = open_cache(prepared.fingerprint)
+    cached = sum(cell in cache.cells for cell in missing)
     naive = sum(len(space.candidates(ly)) * len(ly.calls) for ly in prepared.layers)
     result = {
         "layers": len(prepared.layers),
         "cells": len(cells),
         "cells_without_sharing": naive,
-        "cells_on_file": known,
+        "cells_on_file": len(cells) - len(missing),
+        "cells_in_cache": cached,
         "probes": len(prepared.layers),
         "trials": settings.trials,
         # Timing itself; calibration, probes, trials and retraining depend on the task's data.
-        "predicted_profile_minutes": round((len(cells) - known) * (CELL_SECONDS + 0.15) / 60, 1),
+        "predicted_profile_minutes": round(
+            (len(missing) - cached) * (CELL_SECONDS + 0.15) / 60, 1
+        ),
     }
     if not silent:
         for key, value in result.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,9 +48,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "torch": str(torch.__version__),  # a subclass of str that YAML cannot write
         "cuda": torch.version.cuda or "" if device.type == "cuda" else "",
+        "driver": _driver() if device.type == "cuda" else "",
+        "compiler": kernels.compiler(device.type),
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def _driver() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    return next((word for word in text.split() if re.fullmatch(r"\d+(\.\d+)+", word)), "")
 
 
 def _cpu_name() -> str:

@@ -13,6 +13,7 @@ from torch import nn
 
 from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
+from blast_search.cellcache import open_cache
 from blast_search.describe import write_front
 from blast_search.engine import Engine
 from blast_search.errors import IncompatibleInputError
@@ -92,15 +93,20 @@ def prepare(task: Task, settings: Settings, space: SearchSpace) -> Prepared:
 def run_profile(
     prepared: Prepared, table: LatencyTable, workers: str, address: str | None, report: Reporter
 ) -> None:
-    """Measure every cell that is not on file yet."""
+    """Measure every cell that is neither on file yet nor in the cache of earlier runs."""
+    cache = open_cache(prepared.fingerprint)
+    if copied := table.merge(cache, missing_cells(table, prepared.cells())):
+        report.say(f"{copied} cells are known from earlier runs on this device ({cache.path})")
     missing = missing_cells(table, prepared.cells())
     with report.stage(f"profile cells ({resolve(workers)})", len(missing)) as advance:
 
         def record(cell: Cell, measured: Measurement | None, status: str) -> None:
             table.add(cell, measured, status)
+            if measured:
+                cache.add(cell, measured)
             advance()
 
-        measure_cells(missing, prepared.device.type, record, workers, address)
+        measure_cells(missing, prepared.device.type, record, workers, address, say=report.say)
     failed = sum(value is None for value in table.cells.values())
     if failed:
         report.say(f"{failed} cells could not be measured; their candidates are left out.")
