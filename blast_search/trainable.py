@@ -87,6 +87,7 @@ def run(
     global ON_RESULT
     ON_RESULT = on_result
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its snapshots are never read
     # Tune logs the traceback of every worker that dies; the table's status column says it shorter.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     device = tune.PlacementGroupFactory(

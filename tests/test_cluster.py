@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 import blast_search
-from blast_search import cluster, workers
+from blast_search import cluster, trainable, workers
 from blast_search.errors import BlastSearchError
 from blast_search.latency import fingerprint, measure_cell
 from blast_search.space import Candidate
@@ -78,6 +78,7 @@ def grid(count: int) -> list[Cell]:
 
 def test_every_cell_once_though_a_node_and_workers_die(nodes: Cluster, tmp_path, monkeypatch):
     cells = grid(12)
+    stranger = replace(cells[0], device="another")
     table = LatencyTable(cells[0].device, tmp_path / "latency.csv")
     arrived: dict[int, list[str]] = {}
     said: list[str] = []
@@ -96,7 +97,11 @@ def test_every_cell_once_though_a_node_and_workers_die(nodes: Cluster, tmp_path,
         alive = ray.nodes()
         monkeypatch.setenv(cluster.RESOURCE, "a")
         with pytest.raises(BlastSearchError, match=r"no node .* with BLAST_SEARCH_RAY_RESOURCE=a"):
-            cluster.places(replace(cells[0], device="another"), "cpu", said.append)
+            cluster.places(stranger, "cpu", said.append)
+        node = next(n["NodeID"] for n in alive if "a" in n["Resources"])
+        with pytest.raises(BlastSearchError, match="not the device that this run measures"):
+            place = cluster.Places({"CPU": 1}, (node,))
+            trainable.run([stranger], "cpu", record, place, measure_and_log)
         monkeypatch.setenv(cluster.RESOURCE, "prof")
         workers.measure_cells(
             cells, "cpu", record, "ray", measure=measure_and_log, say=said.append

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -89,6 +90,8 @@ def measure_or_fail(cell, device_type):
 
 @pytest.mark.parametrize("mode", ["local", "ray"])
 def test_workers_report_failed_cells_and_go_on(mode):
+    cloudpickle = pytest.importorskip("ray").cloudpickle
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     layer = LayerSpec("a", 64, 64, True, (Call(8),))
     device = fingerprint(environment(torch.device("cpu")) | {"dtype": "float32"})
     cells = cells_for([layer], SearchSpace(), device, torch.float32, "cpu")[:6]
