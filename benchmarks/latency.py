@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from blast_search import pipeline, solver
+from blast_search import solver
 from blast_search.engine import corrected
 from blast_search.files import write_json, write_rows
 from blast_search.latency import measure_cell
@@ -36,6 +36,7 @@ from blast_search.latency_model import LatencyModel
 from blast_search.layers import dense_weight
 from blast_search.noise import table_noise
 from blast_search.plan_check import cross_validated, measure_plans
+from blast_search.prepared import Prepared, prepare
 from blast_search.progress import Reporter
 from blast_search.pruning import promising_cells, seed_cells
 from blast_search.runfolder import RunFolder
@@ -95,7 +96,7 @@ def loaded(cells: list[Cell], fingerprint: str) -> dict[str, Any]:
     }
 
 
-def spectral_scores(prepared: pipeline.Prepared) -> ScoreTable:
+def spectral_scores(prepared: Prepared) -> ScoreTable:
     """Squared relative truncation errors of the weights, by rank: a stand-in for real scores."""
     table = ScoreTable()
     for layer in prepared.layers:
@@ -111,7 +112,7 @@ def spectral_scores(prepared: pipeline.Prepared) -> ScoreTable:
     return table
 
 
-def pruned(prepared: pipeline.Prepared, full: LatencyTable) -> dict[str, Any]:
+def pruned(prepared: Prepared, full: LatencyTable) -> dict[str, Any]:
     """What a pruned profile would have measured of a full table, and the exact plans of both."""
     cells, space = prepared.cells(), prepared.space
     table = LatencyTable(full.device)
@@ -141,7 +142,7 @@ def pruned(prepared: pipeline.Prepared, full: LatencyTable) -> dict[str, Any]:
     }
 
 
-def plans(prepared: pipeline.Prepared, table: LatencyTable, csv: Path) -> dict[str, float]:
+def plans(prepared: Prepared, table: LatencyTable, csv: Path) -> dict[str, float]:
     latency = LatencyModel(prepared.layers, table)
     with tempfile.TemporaryDirectory() as folder:
         checked = measure_plans(
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
     task = load_task(args.task)
-    prepared = pipeline.prepare(task, Settings(task=args.task, budget=1.0), load_space("default"))
+    prepared = prepare(task, Settings(task=args.task, budget=1.0), load_space("default"))
     cells, mine = prepared.cells(), prepared.fingerprint
     file = args.out / f"{args.task}.json"
     result = json.loads(file.read_text()) if file.is_file() else {}

@@ -14,12 +14,15 @@ from rich.table import Table
 from torch import nn
 
 from blast_search import pipeline
+from blast_search.cellcache import open_cache
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.files import locked, make_folder, read_yaml_mapping, write_json
-from blast_search.latency import CELL_SECONDS, environment, interleave
+from blast_search.latency import CELL_SECONDS, environment, interleave, missing_cells
 from blast_search.latency_model import LatencyModel
 from blast_search.noise import table_noise
 from blast_search.plan_check import check_text, cross_validated, measure_plans
+from blast_search.prepared import prepare
+from blast_search.profiling import Profiler
 from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder
 from blast_search.saved import console
@@ -100,23 +103,28 @@ def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[
     settings = Settings(**{k: values[k] for k in SETTING_NAMES})
     settings.check()
     task, space = load_task(settings.task), load_space(settings.space)
-    prepared = pipeline.prepare(task, settings, space)
+    prepared = prepare(task, settings, space)
     cells = prepared.cells()
-    known = 0
+    missing = cells
     out = values.get("out")
     if out and (Path(out) / "latency.csv").is_file():
         table = LatencyTable.open(Path(out) / "latency.csv", prepared.fingerprint)
-        known = sum(cell in table.cells for cell in cells)
+        missing = missing_cells(table, cells)
+    cache = open_cache(prepared.fingerprint)
+    cached = sum(cell in cache.cells for cell in missing)
     naive = sum(len(space.candidates(ly)) * len(ly.calls) for ly in prepared.layers)
     result = {
         "layers": len(prepared.layers),
         "cells": len(cells),
         "cells_without_sharing": naive,
-        "cells_on_file": known,
+        "cells_on_file": len(cells) - len(missing),
+        "cells_in_cache": cached,
         "probes": len(prepared.layers),
         "trials": settings.trials,
         # Timing itself; calibration, probes, trials and retraining depend on the task's data.
-        "predicted_profile_minutes": round((len(cells) - known) * (CELL_SECONDS + 0.15) / 60, 1),
+        "predicted_profile_minutes": round(
+            (len(missing) - cached) * (CELL_SECONDS + 0.15) / 60, 1
+        ),
     }
     if not silent:
         for key, value in result.items():
@@ -142,7 +150,7 @@ def profile(
     if dry_run:
         return forecast(asdict(settings) | {"out": out}, report, silent)
     loaded = load_task(settings.task)
-    prepared = pipeline.prepare(loaded, settings, load_space(settings.space))
+    prepared = prepare(loaded, settings, load_space(settings.space))
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = make_folder(out or Path("results") / f"profile-{loaded.name}-{stamp}")
     with locked(folder):
@@ -150,7 +158,7 @@ def profile(
         layers = [asdict(layer) for layer in prepared.layers]
         write_json(folder / "layers.json", {"layers": layers, "skipped": prepared.skipped})
         table = LatencyTable.open(folder / "latency.csv", prepared.fingerprint)
-        pipeline.run_profile(prepared, table, workers, ray_address, report, settings.profile)
+        Profiler(prepared, table, workers, ray_address, report).run(settings.profile)
         latency = LatencyModel(prepared.layers, table)
         checked = (
             measure_plans(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
 from blast_search.apply import model_fingerprint
 from blast_search.decision import Decision
@@ -121,6 +120,8 @@ class Describer:
         known = [(q.predicted_loss, q.loss) for q in self.engine.points if q.loss]
         additivity: dict[str, Any] = {}
         if len(known) >= 5:
+            from scipy.stats import spearmanr  # a second that no worker's import should pay
+
             predicted, true = np.array(known).T
             rank = float(spearmanr(predicted, true).statistic)
             additivity = {

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from blast_search.noise import half_width
 from blast_search.plan import Choices
 from blast_search.space import DENSE, Candidate, LayerSpec
-from blast_search.tables import Cell, LatencyTable, Measurement, Option
+from blast_search.tables import Cell, LatencyTable, Option
 
 GAIN = 0.005  # of the plan's whole value: less is not worth a second measurement
 MOST = 24  # cells
@@ -34,9 +33,7 @@ def doubtful_cells(
         options: by layer; time in microseconds per model call, corrected, and loss.
         choices: the exact plan. price: loss per microsecond at its budget.
     """
-    widths = {
-        _key(cell): half_width((m.ratio_low, m.ratio_high)) for cell, m in table.cells.items() if m
-    }
+    widths = {_key(cell): m.uncertainty for cell, m in table.cells.items() if m}
     by_key = {_key(cell): cell for cell in table.cells}
     gains: dict[Cell, float] = defaultdict(float)
     whole = 0.0
@@ -72,15 +69,6 @@ def _bounds(layer: LayerSpec, option: Option, widths: Mapping[Key, float]) -> tu
         for call in layer.calls
     )
     return (1 - width) * option.cost_us, (1 + width) * option.cost_us
-
-
-def narrower(again: Measurement | None, before: Measurement | None) -> bool:
-    """Whether a second measurement of a cell is the better one."""
-    if again is None or before is None:
-        return again is not None
-    return half_width((again.ratio_low, again.ratio_high)) < half_width(
-        (before.ratio_low, before.ratio_high)
-    )
 
 
 def _key(cell: Cell) -> Key:

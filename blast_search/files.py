@@ -124,18 +124,20 @@ def append_row(path: Path, fields: Sequence[str], row: Mapping[str, Any]) -> Non
     """Append one CSV row durably, with a header if the file is new.
 
     A run that was killed in the middle of a write leaves a torn last line; it is cut off first,
-    so that it can never glue itself to the new row.
+    so that it can never glue itself to the new row.  Processes that append to one file wait for
+    each other.
     """
     with path.open("a+b") as stream:
-        stream.seek(0)
-        data = stream.read()
-        if data and not data.endswith(b"\n"):
-            stream.truncate(data.rfind(b"\n") + 1)
-            data = data[: data.rfind(b"\n") + 1]
-        stream.seek(0, os.SEEK_END)
+        fcntl.flock(stream, fcntl.LOCK_EX)  # until it is closed
+        end = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, end - 1))
+        if end and stream.read(1) != b"\n":
+            stream.seek(0)
+            end = stream.read().rfind(b"\n") + 1
+            stream.truncate(end)
         text = io.StringIO()
         writer = csv.DictWriter(text, fields, lineterminator="\n")
-        if not data:
+        if not end:
             writer.writeheader()
         writer.writerow(row)
         stream.write(text.getvalue().encode())
@@ -178,6 +180,14 @@ def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, An
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def cache_folder() -> Path:
+    """What outlives a run (models, cells): $XDG_CACHE_HOME/blast-search, else ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(base) / "blast-search"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def make_folder(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "torch": str(torch.__version__),  # a subclass of str that YAML cannot write
         "cuda": torch.version.cuda or "" if device.type == "cuda" else "",
+        "driver": _driver() if device.type == "cuda" else "",
+        "compiler": kernels.compiler(device.type),
         "python": platform.python_version(),
         "system": platform.system(),
     }
+
+
+def _driver() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    return next((word for word in text.split() if re.fullmatch(r"\d+(\.\d+)+", word)), "")
 
 
 def _cpu_name() -> str:
@@ -180,17 +191,13 @@ def measure_cell(cell: Cell, device_type: str, seconds: float = CELL_SECONDS) ->
         with torch.inference_mode():
             times = interleave(calls, synchronizer(device), seconds, enough=_narrow)
         attempts.append(_measurement(times, load.share()))
-        if _uncertainty(attempts[-1]) <= WIDE:
+        if attempts[-1].uncertainty <= WIDE:
             break
-    return min(attempts, key=_uncertainty)
+    return min(attempts, key=lambda m: m.uncertainty)
 
 
 def _narrow(samples: Mapping[str, list[float]]) -> bool:
     return half_width(median_interval(_ratios(samples))) <= NARROW
-
-
-def _uncertainty(measured: Measurement) -> float:
-    return half_width((measured.ratio_low, measured.ratio_high))
 
 
 def _ratios(samples: Mapping[str, Sequence[float] | np.ndarray]) -> np.ndarray:

@@ -143,7 +143,7 @@ class Noise:
 def table_noise(cells: Mapping[Cell, Measurement | None]) -> Noise:
     """Judge a latency table by its intervals and by the drift of its dense twins."""
     measured = {cell: m for cell, m in cells.items() if m}
-    widths = [half_width((m.ratio_low, m.ratio_high)) for m in measured.values()]
+    widths = [m.uncertainty for m in measured.values()]
     twins: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for cell, m in measured.items():
         twins[cell.out_features, cell.in_features, cell.bias, cell.tokens].append(m.dense_us)

@@ -5,47 +5,32 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
 from blast_search.describe import write_front
-from blast_search.doubtful import narrower
 from blast_search.engine import Engine
-from blast_search.errors import IncompatibleInputError
-from blast_search.evaluate import Task, evaluate, workloads_of
+from blast_search.evaluate import Task, evaluate
 from blast_search.files import locked, write_json, write_rows
 from blast_search.finish import Finish
 from blast_search.fitting import Fitter
-from blast_search.latency import (
-    cells_for,
-    environment,
-    fingerprint,
-    measure_cell,
-    missing_cells,
-)
 from blast_search.latency_model import LatencyModel, fit_factors
-from blast_search.layers import Workload, inventory
-from blast_search.modes import check_mode
-from blast_search.noise import table_noise
 from blast_search.plan import FrontPoint, Plan, pareto
 from blast_search.plan_check import cross_validated, measure_plans
+from blast_search.prepared import Prepared, prepare
+from blast_search.profiling import Profiler
 from blast_search.progress import SILENT, Reporter
-from blast_search.pruning import promising_cells, seed_cells
 from blast_search.report import write_report
 from blast_search.runfolder import RunFolder, start_folder
 from blast_search.sensitivity import ProbeTable, estimate_scores
-from blast_search.settings import DTYPES, Settings, pick_device
-from blast_search.space import LayerSpec, SearchSpace, load_space
-from blast_search.tables import Cell, LatencyTable, Measurement, ScoreTable
-from blast_search.workers import measure_cells, resolve
+from blast_search.settings import Settings
+from blast_search.space import SearchSpace, load_space
+from blast_search.tables import LatencyTable, ScoreTable
+from blast_search.workers import resolve
 
-DOUBTFUL_SECONDS = 2.0  # per cell at most
 CHECK_SHARE = 0.1  # of --time-limit, for timing random plans
 
 
@@ -57,95 +42,6 @@ class Run:
     plan: Plan
     front: list[FrontPoint]
     model: nn.Module
-
-
-@dataclass
-class Prepared:
-    """A task's dense model on its device, with what is known before anything is measured."""
-
-    task: Task
-    model: nn.Module
-    layers: list[LayerSpec]
-    skipped: dict[str, str]
-    space: SearchSpace
-    workloads: list[Workload]
-    device: torch.device
-    dtype: torch.dtype
-    mode: str
-    environment: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.environment)
-
-    def cells(self) -> list[Cell]:
-        return cells_for(
-            self.layers, self.space, self.fingerprint, self.dtype, self.device.type, self.mode
-        )
-
-
-def prepare(task: Task, settings: Settings, space: SearchSpace) -> Prepared:
-    """Build the dense model and list its layers.
-
-    Raises:
-        IncompatibleInputError: no linear layer to search, block counts that fit none, a model
-            that cannot be called with its workload.
-    """
-    torch.manual_seed(settings.seed)
-    device, dtype = pick_device(settings.device), DTYPES[settings.dtype]
-    check_mode(settings.mode, device.type)
-    workloads = workloads_of(task, settings.workload)
-    model = task.model().eval().to(device, dtype)
-    layers, skipped = inventory(model, workloads, space)
-    if not layers:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:4])
-        raise IncompatibleInputError(
-            f"task {task.name}: no Linear layer to search in {type(model).__name__} "
-            f"({reasons or 'it has none'}). Check include, exclude and output_head of the space."
-        )
-    space.check(layers)
-    env = environment(device) | {"dtype": settings.dtype}
-    return Prepared(
-        task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env
-    )
-
-
-def run_profile(
-    prepared: Prepared,
-    table: LatencyTable,
-    workers: str,
-    address: str | None,
-    report: Reporter,
-    profile: str = "full",
-) -> None:
-    """Measure the cells that are not on file yet: all, or those worth it ("pruned")."""
-
-    def measure(cells: list[Cell], name: str) -> None:
-        missing = missing_cells(table, cells)
-        with report.stage(f"{name} ({resolve(workers)})", len(missing)) as advance:
-
-            def record(cell: Cell, measured: Measurement | None, status: str) -> None:
-                table.add(cell, measured, status)
-                advance()
-
-            measure_cells(missing, prepared.device.type, record, workers, address)
-
-    cells = prepared.cells()
-    if profile == "pruned":
-        measure(seed_cells(cells), "profile first cells")
-        cells = promising_cells(prepared.layers, cells, table)
-    measure(cells, "profile cells")
-    noise = table_noise(table.cells)
-    report.say(noise.text) if noise.noisy else report.detail(noise.text)
-    failed = sum(value is None for value in table.cells.values())
-    if failed:
-        report.say(f"{failed} cells could not be measured; their candidates are left out.")
-    dense = [c for c in prepared.cells() if c.candidate.is_dense and table.cells.get(c) is None]
-    if dense:
-        raise IncompatibleInputError(
-            f"the dense layer {dense[0].out_features} x {dense[0].in_features} with "
-            f"{dense[0].tokens} tokens could not be timed: see the status column of latency.csv."
-        )
 
 
 def search(
@@ -254,7 +150,7 @@ class Pipeline:
         )
         since = time.monotonic()
         table = LatencyTable.open(self.folder / "latency.csv", p.fingerprint)
-        run_profile(p, table, self.workers, self.ray_address, self.report, self.settings.profile)
+        self.profiler(table).run(self.settings.profile)
         self._timed("profile", since)
         latency = self.checked(LatencyModel(p.layers, table))
         since = time.monotonic()
@@ -270,6 +166,9 @@ class Pipeline:
         if error:
             raise error
         return Run(self.folder, plan, pareto(points), model)
+
+    def profiler(self, table: LatencyTable) -> Profiler:
+        return Profiler(self.prepared, table, self.workers, self.ray_address, self.report)
 
     def checked(self, latency: LatencyModel) -> LatencyModel:
         """The latency model, corrected by random plans; its error on those outside the fit."""
@@ -288,26 +187,11 @@ class Pipeline:
         return latency
 
     def settle(self, engine: Engine, target: float) -> None:
-        """Measure again, longer, the cells whose noise could flip the exact plan; once per run."""
+        """Measure again the cells whose noise could flip the exact plan; once per run."""
 
         def measure() -> int:
             cells = engine.doubtful(target)
-            found: list[tuple[Cell, Measurement | None]] = []
-            with self.report.stage("profile doubtful cells again", len(cells)) as advance:
-
-                def record(cell: Cell, measured: Measurement | None, status: str) -> None:
-                    found.append((cell, measured))
-                    advance()
-
-                longer = partial(measure_cell, seconds=DOUBTFUL_SECONDS)
-                measure_cells(
-                    cells, self.prepared.device.type, record, self.workers, self.ray_address,
-                    longer,
-                )  # fmt: skip
-            table = engine.latency.table
-            for cell, measured in found:
-                if narrower(measured, table.cells[cell]):
-                    table.add(cell, measured)
+            self.profiler(engine.latency.table).again(cells)
             return len(cells)
 
         if self.records.once("doubtful cells", f"{target:.4f}", "exact", measure):

@@ -7,7 +7,7 @@ neither is ever stored or printed as the other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -51,6 +51,11 @@ class Measurement:
     ratio_low: float
     ratio_high: float
     other_load: float = 0.0
+
+    @property
+    def uncertainty(self) -> float:
+        """Half the width of the ratio's interval, relative to its middle."""
+        return (self.ratio_high - self.ratio_low) / (self.ratio_high + self.ratio_low)
 
 
 FIELDS = (
@@ -104,6 +109,35 @@ class LatencyTable:
             append_row(self.path, FIELDS, cell_row(cell, measured, status))
         self.cells[cell] = measured
 
+    def merge(self, other: LatencyTable, cells: Iterable[Cell] | None = None) -> int:
+        """Take over what another table of this device knows better; returns how many cells.
+
+        A measurement is better than a failure.  Of two measurements the more certain one stays,
+        so that the order of merging does not matter.
+
+        Args:
+            cells: only these.
+
+        Raises:
+            IncompatibleInputError: a table of another device.
+        """
+        if other.device != self.device:
+            raise IncompatibleInputError(
+                f"{other.path or 'the table'} was measured on device {other.device}, "
+                f"{self.path or 'the other'} on {self.device}: latencies do not carry over. "
+                "Merge only tables of one fingerprint."
+            )
+        taken = 0
+        for cell in other.cells if cells is None else cells:
+            theirs, mine = other.cells.get(cell), self.cells.get(cell)
+            if theirs and (mine is None or _rank(theirs) < _rank(mine)):
+                self.add(cell, theirs)
+                taken += 1
+            elif cell in other.cells and cell not in self.cells:
+                self.add(cell, None, "failed in a merged table")
+                taken += 1
+        return taken
+
     def costs(self, layer: LayerSpec) -> dict[Candidate, float]:
         """Microseconds per model call of every candidate measured for all of a layer's calls.
 
@@ -135,6 +169,25 @@ class LatencyTable:
             if measured:
                 samples[(*_shape(cell), cell.tokens)].append(measured.dense_us)
         return {key: median(values) for key, values in samples.items()}
+
+
+def _rank(measured: Measurement) -> tuple[float, float]:
+    return measured.uncertainty, measured.median_us
+
+
+def merge_files(sources: Sequence[Path], target: Path) -> LatencyTable:
+    """Merge the tables of several runs or clusters into `target`, new or existing.
+
+    Raises:
+        IncompatibleInputError: no cells, a damaged row, tables of several devices.
+    """
+    rows = [row for path in sources for row in read_rows(path, FIELDS)[:1]]
+    if not rows:
+        raise IncompatibleInputError(f"no measured cells in {', '.join(map(str, sources))}.")
+    merged = LatencyTable.open(target, rows[0]["device"])
+    for path in sources:
+        merged.merge(LatencyTable.open(path, merged.device))
+    return merged
 
 
 def _shape(cell: Cell) -> tuple[int, int, bool]:

@@ -6,17 +6,26 @@ A module of its own, because Tune pickles both by reference; the driver's open f
 
 from __future__ import annotations
 
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from typing import Any
 
 import torch
 from ray import tune
-from ray.tune import Callback
+from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial
 
-from blast_search.latency import measure_cell
+from blast_search.cluster import RESOURCE, Places, describe
+from blast_search.errors import BlastSearchError
+from blast_search.latency import fingerprint, synchronizer
 from blast_search.tables import Cell, Measurement
+from blast_search.workers import Measure, OnResult, attempt
 
 ON_RESULT: Any = None  # set by the driver before the run
+MAX_FAILURES = 2  # a cell gets three workers before it counts as failed
 
 
 class CellTrainable(tune.Trainable):
@@ -24,19 +33,21 @@ class CellTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
-        self.cell_config = config
+        self.here = describe(config["device_type"], config["cell"].dtype)
+        self.job = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.cell_config = new_config
+        self.job = new_config
         return True
 
     def step(self) -> dict[str, Any]:
-        cell: Cell = self.cell_config["cells"][self.cell_config["index"]]
-        try:
-            measured = vars(measure_cell(cell, self.cell_config["device_type"]))
-        except RuntimeError as error:  # a kernel or memory error would only repeat itself
-            measured = {"failed": " ".join(str(error).split())[:200]}
-        return {"measured": measured, "done": True}
+        cell, device_type = self.job["cell"], self.job["device_type"]
+        # Raises in a process whose device the last cell broke: Tune tries again in a new one.
+        synchronizer(torch.device(device_type))()
+        if fingerprint(self.here) != cell.device:
+            return {"other_device": self.here["device"], "done": True}
+        measured, status = attempt(self.job["measure"], cell, device_type)
+        return {"measured": measured and vars(measured), "status": status, "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         return None
@@ -51,18 +62,53 @@ class Record(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: Any, **info: Any
     ) -> None:
+        if other := result.get("other_device"):
+            raise BlastSearchError(
+                f"a worker on {result['node_ip']} has {other}, not the device that this run "
+                f"measures. Leave such nodes out with {RESOURCE} (docs/clusters.md)."
+            )
         measured = result["measured"]
-        if "failed" in measured:
-            ON_RESULT(_cell(trial), None, f"failed: {measured['failed']}")
-        else:
-            ON_RESULT(_cell(trial), Measurement(**measured), "ok")
+        ON_RESULT(trial.config["cell"], measured and Measurement(**measured), result["status"])
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        ON_RESULT(_cell(trial), None, "failed: the worker died each time")
+        ON_RESULT(trial.config["cell"], None, "failed: the worker died each time")
 
 
-def _cell(trial: Trial) -> Cell:
-    cell: Cell = trial.config["cells"][trial.config["index"]]
-    return cell
+def run(
+    cells: Sequence[Cell],
+    device_type: str,
+    on_result: OnResult,
+    places: Places,
+    measure: Measure,
+) -> None:
+    """Measure cells as trials of Tune, one whole device each, in an attached Ray."""
+    global ON_RESULT
+    ON_RESULT = on_result
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its snapshots are never read
+    # Tune logs the traceback of every worker that dies; the table's status column says it shorter.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    device = tune.PlacementGroupFactory(
+        [dict(places.resources)],
+        bundle_label_selector=[{"ray.io/node-id": f"in({','.join(places.nodes)})"}],
+    )
+    with tempfile.TemporaryDirectory(prefix="blast-search-tune-") as folder, ExitStack() as stack:
+        stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        Tuner(
+            tune.with_resources(CellTrainable, device),
+            param_space={
+                "cell": tune.grid_search(list(cells)),
+                "device_type": device_type,
+                "threads": torch.get_num_threads(),
+                "measure": measure,
+            },
+            tune_config=TuneConfig(reuse_actors=True),
+            run_config=RunConfig(
+                storage_path=folder,
+                verbose=0,
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                callbacks=[Record()],
+            ),
+        ).fit()

@@ -15,6 +15,7 @@ import torch
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["BLAST_SEARCH_CACHE"] = "off"  # measured cells of tests are nobody else's
 
 
 @pytest.fixture(autouse=True)

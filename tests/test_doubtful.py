@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from blast_search.doubtful import doubtful_cells, narrower
+from blast_search.doubtful import doubtful_cells
 from blast_search.space import DENSE, Call, Candidate, LayerSpec
 from blast_search.tables import Cell, LatencyTable, Measurement, Option
 
@@ -47,12 +45,3 @@ def test_narrow_intervals_and_clear_choices_are_not():
     assert doubtful(0.002, loss_small=2.1) == set()
     assert doubtful(0.05, loss_small=9.0) == set()
     assert doubtful(0.05, loss_small=2.1, price=0.0) == set()
-
-
-def test_the_narrower_measurement_counts():
-    wide, narrow = measured(0.5, 0.1), measured(0.6, 0.01)
-    assert narrower(narrow, wide)
-    assert not narrower(wide, narrow)
-    assert narrower(wide, None)
-    assert not narrower(None, wide)
-    assert not narrower(replace(wide), wide)

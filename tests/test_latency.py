@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -77,38 +78,30 @@ def test_fingerprint_changes_with_what_matters():
     assert fingerprint(env | {"python": "9"}) == fingerprint(env)
 
 
-def run_cells(mode: str, count: int = 6):
+class CompilationError(Exception):
+    """Not a RuntimeError, as a compiler's errors are not."""
+
+
+def measure_or_fail(cell, device_type):
+    if cell.candidate.rank == 4:
+        raise CompilationError("too many\nregisters")
+    return measure_cell(cell, device_type, seconds=0.01)
+
+
+@pytest.mark.parametrize("mode", ["local", "ray"])
+def test_workers_report_failed_cells_and_go_on(mode):
+    cloudpickle = pytest.importorskip("ray").cloudpickle
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     layer = LayerSpec("a", 64, 64, True, (Call(8),))
-    cells = cells_for([layer], SearchSpace(), "d", torch.float32, "cpu")[:count]
-    seen: list[tuple[object, Measurement | None, str]] = []
-    workers.measure_cells(cells, "cpu", lambda *r: seen.append(r), mode)
-    return cells, seen
-
-
-def test_local_workers_report_failed_cells_and_go_on(monkeypatch):
-    real = workers.measure_cell
-
-    def fails_once(cell, device):
-        if cell.candidate == Candidate(1, 4):
-            raise RuntimeError("out of\nmemory")
-        return real(cell, device, seconds=0.01)
-
-    monkeypatch.setattr(workers, "measure_cell", fails_once)
-    cells, seen = run_cells("local")
-    assert [c for c, _, _ in seen] == cells
-    failed = [(c, m, s) for c, m, s in seen if s != "ok"]
-    assert [(c.candidate, m, s) for c, m, s in failed] == (
-        [(Candidate(1, 4), None, "failed: out of memory")]
-        if Candidate(1, 4) in [c.candidate for c in cells]
-        else []
+    device = fingerprint(environment(torch.device("cpu")) | {"dtype": "float32"})
+    cells = cells_for([layer], SearchSpace(), device, torch.float32, "cpu")[:6]
+    seen: dict[Candidate, tuple[Measurement | None, str]] = {}
+    workers.measure_cells(
+        cells, "cpu", lambda c, *r: seen.update({c.candidate: r}), mode, measure=measure_or_fail
     )
-
-
-def test_ray_workers_measure_the_same_cells():
-    pytest.importorskip("ray")
-    cells, seen = run_cells("ray")
-    assert sorted(c.candidate for c, _, _ in seen) == sorted(c.candidate for c in cells)
-    assert all(status == "ok" and m and m.ratio > 0 for _, m, status in seen)
+    assert set(seen) == {c.candidate for c in cells}
+    assert seen.pop(Candidate(1, 4)) == (None, "failed: CompilationError: too many registers")
+    assert all(status == "ok" and m and m.ratio > 0 for m, status in seen.values())
 
 
 def test_ray_address_where_nothing_listens_fails_in_seconds():
@@ -117,6 +110,13 @@ def test_ray_address_where_nothing_listens_fails_in_seconds():
     cells = cells_for([layer], SPACE, "d", torch.float32, "cpu")
     with pytest.raises(BlastSearchError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
         workers.measure_cells(cells, "cpu", lambda *r: None, "ray", "127.0.0.1:9")
+
+
+def test_ray_client_addresses_are_refused():
+    pytest.importorskip("ray")
+    cells = cells_for([LayerSpec("a", 64, 64, True, (Call(8),))], SPACE, "d", torch.float32, "cpu")
+    with pytest.raises(UsageError, match="client protocol"):
+        workers.measure_cells(cells, "cpu", lambda *r: None, "ray", "ray://127.0.0.1:10001")
 
 
 def test_worker_modes():

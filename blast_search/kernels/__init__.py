@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -31,11 +31,11 @@ Needs = tuple[bool, bool, bool, bool]  # which gradients are wanted: x, u, s, v
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 SOURCES = {
-    "lowrank": (),
-    "small": ("small.py", "steps.py", "vectors.py", "launch.py"),
-    "torch": ("reference.py",),
-    "numba": ("cpu.py", "steps.py", "vectors.py", "launch.py"),
-    "triton": ("triton.py", "triton_kernels.py", "triton_tune.py"),
+    "lowrank": ("__init__.py",),
+    "small": ("__init__.py", "small.py", "steps.py", "vectors.py", "launch.py"),
+    "torch": ("__init__.py", "reference.py"),
+    "numba": ("__init__.py", "cpu.py", "steps.py", "vectors.py", "launch.py"),
+    "triton": ("__init__.py", "triton.py", "triton_kernels.py", "triton_tune.py"),
 }
 
 # Tokens per pass on the CPU: z and w of one pass stay in the cache.
@@ -72,7 +72,17 @@ def label(name: str) -> str:
     digest = hashlib.sha256()
     for source in SOURCES[name]:
         digest.update((Path(__file__).parent / source).read_bytes())
-    return f"{name}-{digest.hexdigest()[:8]}" if SOURCES[name] else name
+    return f"{name}-{digest.hexdigest()[:8]}"
+
+
+@functools.cache
+def compiler(device_type: str) -> str:
+    """What compiles the kernels, with its version: part of what a latency depends on."""
+    name = "triton" if device_type == "cuda" else "numba"
+    try:
+        return f"{name} {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 @functools.cache

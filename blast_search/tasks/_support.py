@@ -1,4 +1,4 @@
-"""What the built-in tasks share: package checks, data files, quiet loading, a cache folder."""
+"""What the built-in tasks share: package checks, data files, quiet loading."""
 
 from __future__ import annotations
 
@@ -54,14 +54,6 @@ def package_folder(task: str, install: str, package: str) -> Path:
             f"task {task} needs {package}, not installed here; run: {install}"
         )
     return Path(spec.origin).parent
-
-
-def cache_folder() -> Path:
-    """Where converted or trained models are kept: $XDG_CACHE_HOME/blast-search, else ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = Path(base) / "blast-search"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @contextmanager

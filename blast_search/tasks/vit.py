@@ -27,8 +27,8 @@ from torch.nn import functional
 
 from blast_search.batches import to_device
 from blast_search.errors import IncompatibleInputError
-from blast_search.files import write_bytes
-from blast_search.tasks._support import cache_folder, data_bytes
+from blast_search.files import cache_folder, write_bytes
+from blast_search.tasks._support import data_bytes
 
 CALIBRATION = 512  # images at the end of the training file, never used for training
 IMAGE, CHANNEL_MEAN, CHANNEL_STD = 28, 0.286, 0.353  # pixels per side; statistics of all pixels

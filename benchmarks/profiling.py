@@ -1,0 +1,290 @@
+"""Profiling on Ray under kill signals, and how it scales over nodes.
+
+    python benchmarks/profiling.py kills --seconds 100   # repeat: pieces add up in kills.csv
+    python benchmarks/profiling.py scaling
+
+Both measure with `simulated` (a sleep of fixed length) handed to the same `measure_cells` that
+profiling uses, on Ray's own test cluster of several nodes on this machine.  `kills` sends SIGKILL
+to the driver or to the worker that is measuring, at random moments, starts the driver again until
+every cell is on file, and checks after each kill that nothing on file was lost, doubled or
+measured again.  Results: results/profiling/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from blast_search import cluster
+from blast_search.files import append_row, write_json
+from blast_search.latency import environment, fingerprint, missing_cells
+from blast_search.space import DENSE
+from blast_search.tables import Cell, LatencyTable, Measurement
+from blast_search.workers import measure_cells
+
+FOLDER = Path(__file__).resolve().parent.parent / "results" / "profiling"
+LOG, SECONDS = "PROFILING_LOG", "PROFILING_SECONDS"
+RUN_FIELDS = (
+    "mode", "seed", "cells", "driver_kills", "worker_kills", "lost", "doubled", "measured_again",
+    "finished_but_unrecorded", "failed", "same_cells", "wall_s", "date",
+)  # fmt: skip
+
+
+def simulated(cell: Cell, device_type: str) -> Measurement:
+    """Takes a fixed time, and notes begin and end: time, process, cell."""
+    seconds = float(os.environ[SECONDS])
+    note("begin", cell)
+    time.sleep(seconds)
+    note("end", cell)
+    us = seconds * 1e6
+    return Measurement(us, us, us, 1, us, 1.0, 1.0, 1.0)
+
+
+def note(what: str, cell: Cell) -> None:
+    line = f"{what} {time.time():.6f} {os.getpid()} {cell.in_features}\n"
+    with open(os.environ[LOG], "a") as stream:
+        stream.write(line)
+
+
+def read_log(path: Path) -> list[tuple[str, float, int, int]]:
+    text = path.read_text() if path.exists() else ""
+    words = [line.split() for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [(what, float(at), int(pid), int(cell)) for what, at, pid, cell in words]
+
+
+def grid(count: int) -> list[Cell]:
+    device = fingerprint(cluster.describe("cpu", "float32"))
+    return [
+        Cell(device, "eager", "float32", "dense", 64, i, True, 8, DENSE)
+        for i in range(1, count + 1)
+    ]
+
+
+def drive(folder: Path, count: int, mode: str, address: str | None) -> None:
+    """One life of a driver: measure what is not on file."""
+    cells = grid(count)
+    table = LatencyTable.open(folder / "latency.csv", cells[0].device)
+    missing = missing_cells(table, cells)
+    measure_cells(missing, "cpu", table.add, mode, address, measure=simulated, say=print)
+
+
+def test_cluster(nodes: int) -> Any:
+    """A head without CPUs for measuring, and `nodes` nodes with one each.
+
+    They inherit the environment (LOG, SECONDS) of this process.
+    """
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    for _ in range(nodes):
+        made.add_node(num_cpus=1)
+    return made
+
+
+def keys(folder: Path) -> list[str]:
+    """The cells on file, in order, a torn last line left out."""
+    path = folder / "latency.csv"
+    text = path.read_text() if path.exists() else ""
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    return [f"{row['device']} {row['in_features']}" for row in rows]
+
+
+def start(folder: Path, count: int, mode: str, address: str | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, __file__, "drive", str(folder), str(count), mode, address or ""]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def disturbed_run(mode: str, address: str | None, count: int, seed: int) -> dict[str, Any]:
+    """One run of `count` cells, killed at random moments until it ends by itself."""
+    chance, began = random.Random(seed), time.monotonic()
+    result: dict[str, Any] = dict.fromkeys(RUN_FIELDS, 0) | {
+        "mode": mode, "seed": seed, "cells": count,
+    }  # fmt: skip
+    log = Path(os.environ[LOG])
+    log.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder, code = Path(name), None
+        while code != 0:
+            before, seen = keys(folder), len(read_log(log))
+            driver = start(folder, count, mode, address)
+            code = disturb(driver, log, mode, chance, result)
+            after = keys(folder)
+            known = {int(key.split()[1]) for key in before}
+            result["lost"] += len(set(before) - set(after)) + (after[: len(before)] != before)
+            result["doubled"] += len(after) - len(set(after))
+            begun = [cell for what, _, _, cell in read_log(log)[seen:] if what == "begin"]
+            result["measured_again"] += sum(cell in known for cell in begun)
+            if code not in (0, -signal.SIGKILL):
+                raise SystemExit(f"the driver ended with {code}")
+        wanted = [f"{cell.device} {cell.in_features}" for cell in grid(count)]
+        text = (folder / "latency.csv").read_text()
+        result["same_cells"] = int(sorted(keys(folder)) == sorted(wanted))
+        result["failed"] = text.count(",failed")
+        ends = sum(what == "end" for what, *_ in read_log(log))
+        result["finished_but_unrecorded"] = ends - (count - result["failed"])
+    result |= {"wall_s": round(time.monotonic() - began, 1), "date": now()}
+    return result
+
+
+def disturb(
+    driver: subprocess.Popen[bytes], log: Path, mode: str, chance: random.Random, result: dict
+) -> int:
+    """Kill workers, then the driver, at random moments; its exit code."""
+    kill_driver = chance.random() < (0.9 if mode == "local" else 0.6)
+    # Anywhere in the life of a driver: while it starts, attaches, measures or ends.
+    end = time.monotonic() + chance.uniform(0.3, 5 if mode == "local" else 12)
+    while (code := driver.poll()) is None:
+        time.sleep(chance.uniform(0.1, 1.0))
+        if kill_driver and time.monotonic() > end:
+            driver.kill()
+            code = driver.wait()
+            result["driver_kills"] += code == -signal.SIGKILL
+            break
+        if mode == "ray" and (pid := measuring(log)) and driver.poll() is None:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            result["worker_kills"] += 1
+            time.sleep(1.0)
+    return code
+
+
+def measuring(log: Path) -> int | None:
+    """A worker that has begun a cell and not ended it."""
+    open_cells = {}
+    for what, at, pid, _ in read_log(log):
+        if what == "begin":
+            open_cells[pid] = at
+        else:
+            open_cells.pop(pid, None)
+    recent = [pid for pid, at in open_cells.items() if time.time() - at < 1]
+    return recent[-1] if recent else None
+
+
+def kills(seconds: float, cells: int) -> None:
+    os.environ |= {SECONDS: "0.1"}
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / "kills.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    seed, until = len(rows), time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as name:
+        os.environ[LOG] = f"{name}/log"
+        made = test_cluster(2)
+        try:
+            while time.monotonic() < until:
+                mode = "local" if seed % 4 == 3 else "ray"
+                row = disturbed_run(mode, made.address if mode == "ray" else None, cells, seed)
+                append_row(path, RUN_FIELDS, row)
+                print(row, flush=True)
+                seed += 1
+        finally:
+            made.shutdown()
+    rows = list(csv.DictReader(path.open()))
+    total = {k: sum(int(row[k]) for row in rows) for k in RUN_FIELDS[2:11]}
+    total |= {"runs": len(rows), "kills": total["driver_kills"] + total["worker_kills"]}
+    write_json(FOLDER / "kills.json", total | about())
+    print(total)
+
+
+def scaling(count: int, seconds: float) -> None:
+    os.environ |= {SECONDS: str(seconds)}
+    results = []
+    for nodes in (1, 2, 3):
+        with tempfile.TemporaryDirectory() as name:
+            os.environ[LOG] = f"{name}/log"
+            made = test_cluster(nodes)
+            try:
+                began = time.time()
+                drive(Path(name), count * nodes, "ray", made.address)
+                wall = time.time() - began
+            finally:
+                made.shutdown()
+            results.append(scaled(read_log(Path(os.environ[LOG])), nodes, seconds, began, wall))
+            print(results[-1], flush=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    write_json(FOLDER / "scaling.json", {"seconds_per_cell": seconds, "runs": results} | about())
+
+
+def scaled(
+    log: list[tuple[str, float, int, int]], nodes: int, seconds: float, began: float, wall: float
+) -> dict[str, Any]:
+    """Overhead per cell, from one cell's end to the same worker's next begin, and efficiency.
+
+    `efficiency` is the share of time spent measuring while all workers were at work; the start
+    (attach, ask the nodes, start workers) is `start_s`, and `whole_call_efficiency` counts it.
+    """
+    gaps, busy, last_end = [], {}, {}
+    for what, at, pid, _ in log:
+        if what == "begin" and pid in last_end:
+            gaps.append(at - last_end[pid])
+        elif what == "begin":
+            busy[pid] = at
+        else:
+            last_end[pid] = at
+    cells = sum(what == "end" for what, *_ in log)
+    start, stop = max(busy.values()), min(last_end.values())
+    inside = sum(what == "end" and start <= at <= stop for what, at, _, _ in log)
+    return {
+        "nodes": nodes, "workers": len(busy), "cells": cells,
+        "overhead_s": {"median": round(median(gaps), 4), "mean": round(mean(gaps), 4),
+                       "worst": round(max(gaps), 4)},
+        "efficiency": round(seconds * inside / (nodes * (stop - start)), 3),
+        "start_s": round(min(busy.values()) - began, 1), "wall_s": round(wall, 1),
+        "whole_call_efficiency": round(cells * seconds / (nodes * wall), 3),
+        "load_average": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
+
+
+def now() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def about() -> dict[str, Any]:
+    import ray
+
+    return {
+        "nodes": "Ray's test cluster, all nodes on one machine", "ray": ray.__version__,
+        "environment": environment(torch.device("cpu")), "date": now(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("kills")
+    verb.add_argument("--seconds", type=float, default=100)
+    verb.add_argument("--cells", type=int, default=24)
+    verb = verbs.add_parser("scaling")
+    verb.add_argument("--cells", type=int, default=40, help="per node")
+    verb.add_argument("--seconds", type=float, default=0.4)
+    verb = verbs.add_parser("drive")
+    for name, kind in (("folder", Path), ("count", int), ("mode", str), ("address", str)):
+        verb.add_argument(name, type=kind)
+    values = vars(parser.parse_args())
+    verb_name = values.pop("verb")
+    if verb_name == "drive":
+        drive(values["folder"], values["count"], values["mode"], values["address"] or None)
+    elif verb_name == "kills":
+        kills(**values)
+    else:
+        scaling(values["cells"], values["seconds"])
+
+
+if __name__ == "__main__":
+    main()

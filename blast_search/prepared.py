@@ -1,0 +1,69 @@
+"""A task ready to be searched: its dense model on the device, its layers, its workloads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from blast_search.errors import IncompatibleInputError
+from blast_search.evaluate import Task, workloads_of
+from blast_search.latency import cells_for, environment, fingerprint
+from blast_search.layers import Workload, inventory
+from blast_search.modes import check_mode
+from blast_search.settings import DTYPES, Settings, pick_device
+from blast_search.space import LayerSpec, SearchSpace
+from blast_search.tables import Cell
+
+
+@dataclass
+class Prepared:
+    """A task's dense model on its device, with what is known before anything is measured."""
+
+    task: Task
+    model: nn.Module
+    layers: list[LayerSpec]
+    skipped: dict[str, str]
+    space: SearchSpace
+    workloads: list[Workload]
+    device: torch.device
+    dtype: torch.dtype
+    mode: str
+    environment: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.environment)
+
+    def cells(self) -> list[Cell]:
+        return cells_for(
+            self.layers, self.space, self.fingerprint, self.dtype, self.device.type, self.mode
+        )
+
+
+def prepare(task: Task, settings: Settings, space: SearchSpace) -> Prepared:
+    """Build the dense model and list its layers.
+
+    Raises:
+        IncompatibleInputError: no linear layer to search, block counts that fit none, a model
+            that cannot be called with its workload.
+    """
+    torch.manual_seed(settings.seed)
+    device, dtype = pick_device(settings.device), DTYPES[settings.dtype]
+    check_mode(settings.mode, device.type)
+    workloads = workloads_of(task, settings.workload)
+    model = task.model().eval().to(device, dtype)
+    layers, skipped = inventory(model, workloads, space)
+    if not layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:4])
+        raise IncompatibleInputError(
+            f"task {task.name}: no Linear layer to search in {type(model).__name__} "
+            f"({reasons or 'it has none'}). Check include, exclude and output_head of the space."
+        )
+    space.check(layers)
+    env = environment(device) | {"dtype": settings.dtype}
+    return Prepared(
+        task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env
+    )
