@@ -17,9 +17,9 @@ from blast_search.evaluate import Task, evaluate
 from blast_search.files import locked, write_json, write_rows
 from blast_search.finish import Finish
 from blast_search.fitting import Fitter
-from blast_search.latency_model import LatencyModel, fit_factors
+from blast_search.latency_model import LatencyModel
 from blast_search.plan import FrontPoint, Plan, pareto
-from blast_search.plan_check import cross_validated, measure_plans
+from blast_search.plan_check import correction, cross_validated, measure_plans
 from blast_search.prepared import Prepared, prepare
 from blast_search.profiling import Profiler
 from blast_search.progress import SILENT, Reporter
@@ -182,7 +182,7 @@ class Pipeline:
             mode=p.mode, expired=expired,
         )  # fmt: skip
         self.latency_check = cross_validated(plans)
-        latency.factors = fit_factors([(c.shares, c.measured_ratio_layers) for c in plans])
+        latency.factors = correction(plans)
         self._timed("latency check", since)
         return latency
 

@@ -14,6 +14,7 @@ from blast_search.plan_check import (
     CHECKED,
     CheckedPlan,
     check_text,
+    correction,
     cross_validated,
     measure_plans,
     random_plans,
@@ -71,6 +72,8 @@ def test_the_fit_recovers_what_blocks_really_take(toy):
     errors = cross_validated(plans)
     assert errors["plans"] == 24
     assert errors["worst"] < 0.02 < errors["uncorrected_worst"]
+    assert errors["corrected"] == 1.0
+    assert correction(plans) == fitted
 
 
 def test_an_unused_block_count_keeps_its_cells(toy):
@@ -81,20 +84,15 @@ def test_an_unused_block_count_keeps_its_cells(toy):
     assert fit_factors([({0: 1.0}, 1.0)]) == {}
 
 
-def test_the_reported_error_is_that_of_plans_outside_the_fit(toy):
+def test_a_fit_to_noise_is_not_used(toy):
     # Nothing to learn but noise: a fit that saw its own plans would look better than it is.
     plans = checked(toy[2], {}, 0.2)
     errors = cross_validated(plans)
-    fitted = fit_factors([(c.shares, c.measured_ratio_layers) for c in plans])
-    seen = [
-        abs(
-            c.model_ms(sum(s * fitted.get(b, 1.0) for b, s in c.shares.items())) / c.measured_ms
-            - 1
-        )
-        for c in plans
-    ]
-    assert errors["median"] > np.median(seen)
+    assert errors["corrected"] == 0.0
+    assert errors["median"] == errors["uncorrected_median"]
+    assert correction(plans) == {}
     assert cross_validated([]) == {}
+    assert correction([]) == {}
 
 
 def test_plans_are_timed_once_and_found_again(toy, tmp_path):
