@@ -16,6 +16,7 @@ from blast_search import solver, study
 from blast_search.batches import Batch, mean_divergence
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.fitting import Fitter
+from blast_search.hull import Front
 from blast_search.latency import Timing, time_variants
 from blast_search.latency_model import LatencyModel
 from blast_search.layers import Workload, swapped
@@ -24,8 +25,8 @@ from blast_search.plan import Choices, FrontPoint
 from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder, digest
 from blast_search.sensitivity import Scorer
-from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace
-from blast_search.tables import Option, ScoreTable, layer_options, undominated
+from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace, ties_of
+from blast_search.tables import Option, ScoreTable, layer_options
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
 FRONT_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -162,9 +163,7 @@ class Engine:
         if self.by_time:
             return corrected(options, self.latency.correction)
         return {
-            ly.name: undominated(
-                [replace(o, cost_us=self.size(ly, o.candidate)) for o in options[ly.name]]
-            )
+            ly.name: [replace(o, cost_us=self.size(ly, o.candidate)) for o in options[ly.name]]
             for ly in self.layers
         }
 
@@ -176,16 +175,17 @@ class Engine:
             budget = ratio * self.latency.dense_us
         else:
             budget = ratio * sum(self.size(layer, DENSE) for layer in self.layers)
-        solution = solver.solve(self.options(), budget, weights)
+        solution = solver.solve(self.options(), budget, weights, ties=ties_of(self.layers))
         self.gap = max(self.gap, solution.gap)
         return solution.choices
 
+    def front(self, weights: Mapping[str, float] | None = None) -> Front:
+        """The convex hull of all plans, by predicted cost and loss."""
+        return solver.front(self.options(), weights, ties_of(self.layers))
+
     def fastest(self) -> Choices:
         """The plan of least predicted cost, whatever it loses."""
-        return {
-            name: min(choices, key=lambda o: o.cost_us).candidate
-            for name, choices in self.options().items()
-        }
+        return self.front().choices(0)
 
     def uniform(self, num_blocks: int, keep: float) -> dict[str, Candidate]:
         return {ly.name: self.space.uniform_choice(ly, num_blocks, keep) for ly in self.layers}
@@ -277,9 +277,9 @@ class Engine:
 def corrected(options: Mapping[str, list[Option]], factor: float) -> dict[str, list[Option]]:
     """Options whose replaced layers take `factor` times their cells; dense ones as they are."""
     return {
-        name: undominated(
-            [o if o.candidate.is_dense else replace(o, cost_us=o.cost_us * factor) for o in items]
-        )
+        name: [
+            o if o.candidate.is_dense else replace(o, cost_us=o.cost_us * factor) for o in items
+        ]
         for name, items in options.items()
     }
 

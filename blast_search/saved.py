@@ -33,7 +33,7 @@ from blast_search.layers import inventory
 from blast_search.plan import FrontPoint, LayerPlan, Plan
 from blast_search.progress import Reporter
 from blast_search.retrain import retrain as retrain_model
-from blast_search.space import Call, LayerSpec, SearchSpace
+from blast_search.space import Call, LayerSpec, SearchSpace, ties_of
 from blast_search.tables import LatencyTable, ScoreTable, layer_options
 from blast_search.tasks import load_task
 
@@ -113,9 +113,9 @@ def plan_at(run: Path, ratio: float) -> Plan:
     correction = float(base.search.get("correction") or 1.0)
     options = corrected(options, correction)
     try:
-        solution = solver.solve(options, ratio * dense_us)
+        solution = solver.solve(options, ratio * dense_us, ties=ties_of(layers))
     except InfeasibleBudgetError:
-        smallest = solver.cheapest(options) / dense_us
+        smallest = solver.cheapest(options, ties_of(layers)) / dense_us
         raise InfeasibleBudgetError(
             f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}."
         ) from None

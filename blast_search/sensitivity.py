@@ -79,7 +79,9 @@ def estimate_scores(
     report: Reporter,
 ) -> Scorer:
     """Measure what scores need, and return their predictor."""
-    alive = {layer.name: promising(layer, space, latency, fitter) for layer in layers}
+    alive = _shared(
+        layers, {layer.name: promising(layer, space, latency, fitter) for layer in layers}
+    )
     count = probe_batches(batches, len(layers))
     with report.stage("probe layers", len(layers)) as advance:
         for layer in layers:
@@ -171,6 +173,16 @@ def promising(
         if not beaten:
             kept.append(c)
     return kept
+
+
+def _shared(
+    layers: Sequence[LayerSpec], alive: Mapping[str, list[Candidate]]
+) -> dict[str, list[Candidate]]:
+    """Tied layers keep what any of them keeps: they can only take what all of them may take."""
+    union: dict[str, dict[Candidate, None]] = {}
+    for layer in layers:
+        union.setdefault(layer.tie or layer.name, {}).update(dict.fromkeys(alive[layer.name]))
+    return {layer.name: list(union[layer.tie or layer.name]) for layer in layers}
 
 
 def gain_fits(
