@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 import shutil
 import time
 from dataclasses import replace
@@ -23,7 +24,7 @@ from blast_search.evaluate import (
     evaluate,
     worse_by,
 )
-from blast_search.files import make_folder
+from blast_search.files import make_folder, sha256_json
 from blast_search.latency import Timing
 from blast_search.plan import FrontPoint, LayerPlan, Plan
 from blast_search.retrain import DEFAULT_STEPS, retrain
@@ -141,15 +142,19 @@ class Finish:
 
     def decide(self) -> Decision:
         """The decision for a budget, or for --max-drop alone."""
-        s, dense = self.settings, self.dense_timing()
+        s, engine, dense = self.settings, self.engine, self.dense_timing()
         storage = Storage(f"sqlite:///{self.folder / 'study.db'}")
-        if s.storage:  # a database may hold the studies of many runs
-            storage = Storage(s.storage, f"{storage.study}-{self.folder.resolve().name}")
+        if s.storage:
+            # A database may hold the studies of many runs.  Runs of one folder name that ask
+            # the same question, on several machines for instance, work on one study.
+            path = self.folder.resolve()
+            question = [s.budget, s.budget_scope, [[ly.name, *ly.shape] for ly in engine.layers]]
+            name = f"{storage.study}-{path.name}-{sha256_json(question)[:8]}"
+            storage = Storage(s.storage, name, f"{platform.node()}:{path}")
         if s.budget is not None:
             target = layer_target(s.budget_scope, s.budget, dense, self.share)
             return decide(
-                self.engine, target, dense, s.trials, storage, s.seed,
-                self.pipeline.search_expired,
+                engine, target, dense, s.trials, storage, s.seed, self.pipeline.search_deadline,
             )  # fmt: skip
         return self.within_drop(dense)
 

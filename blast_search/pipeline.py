@@ -13,6 +13,7 @@ from torch import nn
 
 from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
+from blast_search.deadline import Deadline
 from blast_search.describe import write_front
 from blast_search.engine import Engine
 from blast_search.errors import IncompatibleInputError
@@ -195,10 +196,11 @@ class Pipeline:
     def _timed(self, stage: str, since: float) -> None:
         self.seconds[stage] = round(time.monotonic() - since, 1)
 
-    def search_expired(self) -> bool:
-        """Whether the search has used its half of --time-limit."""
+    @property
+    def search_deadline(self) -> Deadline:
+        """The search may use half of --time-limit (minutes)."""
         limit = self.settings.time_limit
-        return limit is not None and time.monotonic() - self.started > 30 * limit
+        return Deadline() if limit is None else Deadline(self.started + 30 * limit)
 
     def run(self) -> Run:
         p, say = self.prepared, self.report.say
