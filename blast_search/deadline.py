@@ -20,3 +20,6 @@ class Deadline:
         """The deadline of a stage that may take this part of what is left."""
         now = time.monotonic()
         return Deadline(now + part * max(0.0, self.at - now))
+
+
+FOREVER = Deadline()

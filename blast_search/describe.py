@@ -130,6 +130,10 @@ class Describer:
             "peak_memory_mb": round(peak_memory_mb(self.pipeline.prepared.device), 1),
             "correction": self.engine.latency.correction,
             "target_layer_ratio": decision.target,
+            "probing": {
+                "layers": len(self.engine.scorer.scales),
+                "probed": self.engine.scorer.probed,
+            },
             "rounds": self.engine.rounds,
             "latency_error": dict(error_statistics(pairs)),
             "additivity": self.engine.additivity,
@@ -194,6 +198,8 @@ def write_front(folder: Path, points: list[FrontPoint]) -> None:
 
 def _uniform_text(contender: Contender) -> str:
     """What a uniform plan is, in words."""
+    if not contender.name.startswith("uniform"):
+        return f"the plan of the {contender.name}"
     kinds = sorted({(c.num_blocks, c.rank) for c in contender.choices.values() if c != DENSE})
     blocks = sorted({b for b, _ in kinds})
     ranks = [r for _, r in kinds]

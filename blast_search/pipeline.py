@@ -13,7 +13,7 @@ from torch import nn
 
 from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
-from blast_search.deadline import Deadline
+from blast_search.deadline import FOREVER, Deadline
 from blast_search.describe import write_front
 from blast_search.engine import Engine
 from blast_search.errors import IncompatibleInputError
@@ -33,6 +33,8 @@ from blast_search.settings import DTYPES, Settings, pick_device
 from blast_search.space import LayerSpec, SearchSpace, load_space
 from blast_search.tables import Cell, LatencyTable, Measurement, ScoreTable
 from blast_search.workers import measure_cells, resolve
+
+SCORE_SHARE = 0.4  # of the time that is left to the search
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ class Pipeline:
     def search_deadline(self) -> Deadline:
         """The search may use half of --time-limit (minutes)."""
         limit = self.settings.time_limit
-        return Deadline() if limit is None else Deadline(self.started + 30 * limit)
+        return FOREVER if limit is None else Deadline(self.started + 30 * limit)
 
     def run(self) -> Run:
         p, say = self.prepared, self.report.say
@@ -234,6 +236,7 @@ class Pipeline:
     def scored(self, table: LatencyTable) -> Engine:
         """Calibrate, probe and score: everything that the solver needs."""
         p = self.prepared
+        deadline = self.search_deadline.share(SCORE_SHARE)
         batches = list(p.task.calibration())
         with self.report.stage("calibrate", 2) as advance:
             references = reference_outputs(p.model, batches)
@@ -246,8 +249,9 @@ class Pipeline:
         fitter = Fitter(p.model, p.layers, grams, ranks)
         probes = ProbeTable.open(self.folder / "probes.csv")
         scorer = estimate_scores(
-            p.model, p.layers, p.space, table, fitter, batches, references, probes, self.report
-        )
+            p.model, p.layers, p.space, table, fitter, batches, references, probes, self.report,
+            deadline,
+        )  # fmt: skip
         scores = scorer.table(p.layers)
         write_rows(self.folder / "scores.csv", ScoreTable.FIELDS, scores.rows())
         return Engine(

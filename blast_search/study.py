@@ -31,7 +31,10 @@ DEPTH_BINS = 3
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a study lives: an Optuna storage URL, the study's name in it, and who works on it."""
+    """Where a study lives: an Optuna storage URL, the study's name in it, and who works on it.
+
+    `worker` is "" where nobody else does.
+    """
 
     url: str
     study: str = "blast-search"
@@ -113,7 +116,9 @@ class Study:
         return self._study.get_trials(deepcopy=False)
 
     def sync(self) -> int:
-        """Take over what is stored; returns the number of finished trials."""
+        """Take over what others have stored; returns the number of finished trials."""
+        if self._seen and not self.worker:
+            return len(self._seen)  # the run folder's own study: nobody else writes to it
         stored = self._stored.get_trials(deepcopy=False)
         new = [t for t in stored if t.user_attrs.get("id", t.number) not in self._seen]
         self._study.add_trials(new)
@@ -126,7 +131,7 @@ class Study:
 
         # A sampler that depends on the history, the trial's number and, where several runs work
         # on the study, on the run: equal histories must not make them sample the same.
-        shared = any(t.user_attrs.get("worker") != self.worker for t in self.trials)
+        shared = any(worker_of(t) != self.worker for t in self.trials)
         own = zlib.crc32(self.worker.encode()) if shared else 0
         seed = (self.seed * 10_007 + len(self.trials) + own) % 2**32
         self._study.sampler = optuna.samplers.TPESampler(seed=seed)
@@ -135,14 +140,12 @@ class Study:
         trial = self._study.ask()
         values = {name: trial.suggest_float(name, -RANGE, RANGE) for name in self.parameters}
         outcome = evaluate(values)
-        trial.set_user_attr("worker", self.worker)
         # Its number in the storage will be another one where several runs work on the study.
         trial.set_user_attr("id", f"{self.worker}#{trial.number}")
         if outcome is None:
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             trial.set_constraint("latency_over_budget", outcome.excess)
-            trial.set_user_attr("latency_ratio", outcome.ratio)
             trial.set_user_attr("losses", list(outcome.losses))
             trial.set_user_attr("plan", dict(outcome.plan))
             trial.set_user_attr("stage", outcome.stage)
@@ -152,6 +155,11 @@ class Study:
                 self._study.tell(trial, [fmean(outcome.losses), outcome.ratio])
         self._stored.add_trial(self.trials[-1])
         self._seen.add(f"{self.worker}#{trial.number}")
+
+
+def worker_of(trial: Any) -> str:
+    """Who ran a trial of a study."""
+    return str(trial.user_attrs.get("id", "#")).rpartition("#")[0]
 
 
 @dataclass(frozen=True)

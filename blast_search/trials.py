@@ -25,7 +25,7 @@ from blast_search.space import Candidate, ties_of
 
 MOVES = 0.25  # of all trials
 HOPELESS = 1.5  # times the best trial's loss on the same batches
-TRIAL_GAP = 1e-3  # the scores are weighted by guesses: a tighter plan would only cost time
+TRIAL_GAP = 3e-3  # the scores are weighted by guesses: a tighter plan would only cost time
 FRONT_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
@@ -161,7 +161,7 @@ class Trials:
             "trials": len(states),
             "pruned": states.count("PRUNED"),
             "moves": sum(t.user_attrs.get("stage") == "move" for t in self.study.trials),
-            "workers": len({t.user_attrs.get("worker") for t in self.study.trials}),
+            "workers": len({study.worker_of(t) for t in self.study.trials}),
             "exact_loss": exact,
             "weights_loss": by_stage["weights"],
             "moves_loss": by_stage["move"],
