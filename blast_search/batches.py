@@ -5,7 +5,8 @@ A batch is a tensor, called as model(x); a tuple, model(*x); or a dict, model(**
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -114,9 +115,22 @@ def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[Any]:
 
 
 @torch.no_grad()
-def mean_divergence(model: nn.Module, batches: list[Batch], references: list[Any]) -> float:
-    """Mean of `divergence` over calibration batches."""
-    total = 0.0
+def divergences(
+    model: nn.Module, batches: Sequence[Batch], references: Sequence[Any]
+) -> Iterator[float]:
+    """`divergence` of one calibration batch after another."""
     for batch, reference in zip(batches, references, strict=True):
-        total += divergence(call_model(model, to_device(batch, model)), reference, batch)
-    return total / len(batches)
+        yield divergence(call_model(model, to_device(batch, model)), reference, batch)
+
+
+def mean_divergence(
+    model: nn.Module, batches: Sequence[Batch], references: Sequence[Any]
+) -> float:
+    """Mean of `divergence` over calibration batches."""
+    return fmean(divergences(model, batches, references))
+
+
+def spread(count: int) -> list[int]:
+    """0 to count - 1 in an order whose every beginning is spread over the whole range."""
+    golden = (5**0.5 - 1) / 2
+    return sorted(range(count), key=lambda i: (0.5 + golden * i) % 1)

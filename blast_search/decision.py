@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from blast_search import additivity
 from blast_search.closed_loop import Make, meet
+from blast_search.deadline import Deadline
 from blast_search.engine import AIM, Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
-from blast_search.latency import Timing
+from blast_search.model_latency import Timing
+from blast_search.plan import Choices
+from blast_search.space import DENSE
 from blast_search.study import Storage
+from blast_search.trials import Trials, Tuned, evaluate_front
 
 FINAL_ROUNDS = 4
 FINAL_SECONDS = 40.0
+FRONT_SHARE = 0.25  # of the time that is left to the search
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Decision:
     dense: Timing
     trials: int
     met: bool
+    weights: Mapping[str, float] = field(default_factory=dict)  # of the scores, by layer
 
 
 def layer_target(scope: str, budget: float, dense: Timing, share: float) -> float:
@@ -62,7 +69,7 @@ def decide(
     trials: int,
     storage: Storage,
     seed: int,
-    expired: Callable[[], bool],
+    deadline: Deadline,
 ) -> Decision:
     """The best plan within `target`, never worse in true loss than a uniform plan within it."""
     baselines = uniform_contenders(engine, target)
@@ -74,16 +81,24 @@ def decide(
             return Decision(exact, baselines, target, dense, 0, False)
     pool: dict[str, tuple[Contender, Make]] = {"exact": (exact, make)}
     loss = engine.true_loss("exact", exact.choices)
+    engine.note_point("dense", {layer.name: DENSE for layer in engine.layers}, 0.0)
     engine.note_point(f"exact {target:.2f}", exact.choices, loss)
-    engine.evaluate_front(target, expired)
-    done = 0
-    if trials and not engine.space.uniform and not exact.all_dense:
-        weights, done = engine.refine(target, trials, storage, seed, expired)
+    done, weights, tuned = 0, dict[str, float](), None
+    if not (exact.all_dense or engine.space.uniform):
+        built = [c.choices for c in (exact, *baselines.values())]
+        found, weights = additivity.check(
+            engine, target, built, seed, deadline.share(additivity.SHARE)
+        )
+        evaluate_front(engine, target, weights, deadline.share(FRONT_SHARE))
+        if trials:
+            tuned = Trials(engine, target, storage, seed).run(trials, found, deadline)
+        if tuned:
+            done, weights = tuned.trials, tuned.weights
         if weights:
-            weighted: Make = lambda ratio: engine.exact(ratio, weights)  # noqa: E731
-            tuned = meet(engine, "searched", weighted, target)
-            if tuned and tuned.feasible:
-                pool["searched"] = (tuned, weighted)
+            made: Make = lambda ratio: _searched(engine, ratio, tuned, weights)  # noqa: E731
+            contender = meet(engine, "searched", made, target)
+            if contender and contender.feasible:
+                pool["searched"] = (contender, made)
     for contender in baselines.values():
         if contender.feasible:
             pool[contender.name] = (contender, lambda _, c=contender: c.choices)  # type: ignore[misc]
@@ -96,7 +111,19 @@ def decide(
         + ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
     )
     winner, make = pool[name]
-    return _final(engine, winner, make, baselines, target, dense, done)
+    decision = _final(engine, winner, make, baselines, target, dense, done)
+    return replace(decision, weights=weights if name == "searched" else {})
+
+
+def _searched(
+    engine: Engine, ratio: float, tuned: Tuned | None, weights: Mapping[str, float]
+) -> Choices:
+    """The best plan of the trials where it fits the ratio, else the exact one of its weights."""
+    if tuned:
+        predicted = engine.predicted_ratio(tuned.choices)
+        if predicted is not None and predicted <= ratio * (1 + 1e-9):
+            return tuned.choices
+    return engine.exact(ratio, weights)
 
 
 def uniform_contenders(engine: Engine, target: float) -> dict[str, Contender]:

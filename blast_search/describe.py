@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from blast_search.apply import model_fingerprint
@@ -19,6 +18,7 @@ from blast_search.files import write_rows
 from blast_search.latency_model import error_statistics
 from blast_search.noise import table_noise
 from blast_search.plan import FrontPoint, LayerPlan, Plan, pareto
+from blast_search.price import price
 from blast_search.space import DENSE
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class Describer:
             },
             measured=measured,
             baselines=baselines,
-            search=self.evidence(decision) | {"verdict": self.verdict(chosen, metrics, after)},
+            search=self.evidence(decision, chosen)
+            | {"verdict": self.verdict(chosen, metrics, after)},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -115,20 +116,8 @@ class Describer:
             "metric": metric,
         }  # fmt: skip
 
-    def evidence(self, decision: Decision) -> dict[str, Any]:
-        """How the search went: gap, trials, additivity, prediction errors (plan.json)."""
-        known = [(q.predicted_loss, q.loss) for q in self.engine.points if q.loss]
-        additivity: dict[str, Any] = {}
-        if len(known) >= 5:
-            from scipy.stats import spearmanr  # a second that no worker's import should pay
-
-            predicted, true = np.array(known).T
-            rank = float(spearmanr(predicted, true).statistic)
-            additivity = {
-                "plans": len(known),
-                "rank_correlation": None if np.isnan(rank) else rank,
-                "slope": float((predicted * true).sum() / max((predicted**2).sum(), 1e-12)),
-            }
+    def evidence(self, decision: Decision, chosen: Contender) -> dict[str, Any]:
+        """How the search went: gap, trials, additivity, prices, prediction errors (plan.json)."""
         first = [r for r in self.engine.rounds if r["plan"] != "dense"]
         pairs = [
             (float(str(r["predicted_ratio"])), float(str(r["measured_ratio"]))) for r in first
@@ -143,11 +132,17 @@ class Describer:
             "correction": self.engine.latency.correction,
             "factors": {str(b): f for b, f in self.engine.latency.factors.items()},
             "target_layer_ratio": decision.target,
+            "probing": {
+                "layers": len(self.engine.scorer.scales),
+                "probed": self.engine.scorer.probed,
+            },
             "rounds": self.engine.rounds,
             "latency_error": dict(error_statistics(pairs)),
             "latency_check": self.pipeline.latency_check,
             "timing_noise": self.noise(),
-            "additivity": additivity,
+            "additivity": self.engine.additivity,
+            "optuna": self.engine.tuning,
+            "price": price(self.engine, chosen, decision.weights),
         }
 
     def noise(self) -> dict[str, Any]:
@@ -165,7 +160,25 @@ class Describer:
             values = after or metrics
             found = f", {when} retraining {values['searched']:.4f}" if "searched" in values else ""
             return f"No searched plan{found} beat the {chosen.name} plan, so that one was taken."
-        return f"The plan came from the {chosen.name} stage of the search."
+        return f"The plan came from the {chosen.name} stage of the search. {self.trials_paid()}"
+
+    def trials_paid(self) -> str:
+        """What the trials brought over the exact plan, in one plain sentence ("" without any)."""
+        t = self.engine.tuning
+        if not t or t["exact_loss"] is None:
+            return ""
+        by = t["lowered_loss_by"] or 0.0
+        if by <= 0:
+            return (
+                f"The Optuna stage did not pay: none of its {t['trials']} trials had a lower true "
+                f"loss than the exact plan ({t['exact_loss']:.4g}) at equal predicted latency."
+            )
+        how = "a move of single layers" if t["moves_loss"] == t["best_loss"] else "by weights"
+        return (
+            f"The Optuna stage lowered the true loss by {by * 100:.1f}% against the exact plan at "
+            f"equal predicted latency ({t['exact_loss']:.4g} to {t['best_loss']:.4g}, "
+            f"{t['trials']} trials, the best one {how})."
+        )
 
 
 def write_front(folder: Path, points: list[FrontPoint]) -> None:
@@ -193,6 +206,8 @@ def write_front(folder: Path, points: list[FrontPoint]) -> None:
 
 def _uniform_text(contender: Contender) -> str:
     """What a uniform plan is, in words."""
+    if not contender.name.startswith("uniform"):
+        return f"the plan of the {contender.name}"
     kinds = sorted({(c.num_blocks, c.rank) for c in contender.choices.values() if c != DENSE})
     blocks = sorted({b for b, _ in kinds})
     ranks = [r for _, r in kinds]

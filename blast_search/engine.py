@@ -9,27 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
+from typing import Any
 
 from torch import nn
 
-from blast_search import solver, study
-from blast_search.batches import Batch, mean_divergence
+from blast_search import solver
+from blast_search.batches import Batch, divergences, spread
 from blast_search.doubtful import doubtful_cells
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.fitting import Fitter
-from blast_search.latency import Timing, time_variants, untrained
+from blast_search.hull import Front
 from blast_search.latency_model import LatencyModel
 from blast_search.layers import Workload, swapped
+from blast_search.model_latency import Timing, time_variants, untrained
 from blast_search.plan import Choices, FrontPoint
 from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder, digest
 from blast_search.sensitivity import Scorer
-from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace
-from blast_search.tables import Cell, Option, ScoreTable, layer_options, undominated
+from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace, ties_of
+from blast_search.tables import Cell, Option, ScoreTable, layer_options
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
 PRICE_STEP = 0.97  # of a ratio: the neighbouring plan that gives the price of latency
-FRONT_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Engine:
     mode: str = "eager"
     points: list[FrontPoint] = field(default_factory=list)
     rounds: list[dict[str, object]] = field(default_factory=list)
+    additivity: dict[str, Any] = field(default_factory=dict)  # see additivity.py
+    tuning: dict[str, Any] = field(default_factory=dict)  # see trials.py
     gap: float = 0.0
 
     # ---- measurements -------------------------------------------------------------------
@@ -88,14 +92,52 @@ class Engine:
         kind = f"timing {seconds:g}s"
         return [_timing(value) for value in self.run.once(kind, key, name, measure)]
 
-    def true_loss(self, name: str, choices: Choices) -> float:
-        """Divergence of the built model from the dense one on all calibration batches."""
+    def losses(
+        self,
+        name: str,
+        choices: Choices,
+        count: int | None = None,
+        hopeless: Callable[[Sequence[float]], bool] | None = None,
+    ) -> list[float]:
+        """Divergence of the built model from the dense one, batch by batch of `self.order`.
 
-        def measure() -> float:
+        Args:
+            count: how many calibration batches; None: all.
+            hopeless: told the losses so far; where it says so, the rest is not measured.
+        """
+        order = self.order[:count]
+
+        def measure() -> list[float]:
+            found: list[float] = []
             with swapped(self.model, self.layers, self.fitter.modules(choices)):
-                return mean_divergence(self.model, self.batches, self.references)
+                batches = [self.batches[k] for k in order]
+                references = [self.references[k] for k in order]
+                for loss in divergences(self.model, batches, references):
+                    found.append(loss)
+                    if hopeless and len(found) < len(order) and hopeless(found):
+                        break
+            return found
 
-        return float(self.run.once("loss", digest(choices), name, measure))
+        key, whole = digest(choices), self.run.measured.get(("loss", digest(choices)))
+        if whole:
+            return list(whole[: len(order)])
+        if len(order) < len(self.order):
+            return list(self.run.once(f"loss on {len(order)} batches", key, name, measure))
+        if not hopeless:
+            return list(self.run.once("loss", key, name, measure))
+        found = list(self.run.once("loss, maybe cut short", key, name, measure))
+        if len(found) == len(order):
+            self.run.once("loss", key, name, lambda: found)
+        return found
+
+    @property
+    def order(self) -> list[int]:
+        """The calibration batches so that the first few stand for all."""
+        return spread(len(self.batches))
+
+    def true_loss(self, name: str, choices: Choices) -> float:
+        """Divergence of the built model from the dense one, mean over all calibration batches."""
+        return fmean(self.losses(name, choices))
 
     def note_point(self, name: str, choices: Choices, loss: float) -> None:
         self.points.append(self.front_point(name, loss, choices))
@@ -140,8 +182,8 @@ class Engine:
         """The layers' cost under a plan relative to dense: time, or MACs or parameters."""
         if self.by_time:
             return self.latency.ratio(choices)
-        total = sum(self.size(layer, DENSE) for layer in self.layers)
-        return sum(self.size(ly, choices.get(ly.name, DENSE)) for ly in self.layers) / total
+        cost = sum(self.size(ly, choices.get(ly.name, DENSE)) for ly in self.layers)
+        return cost / self.dense_cost
 
     def measured_ratio(self, choices: Choices, timing: Timing) -> float:
         """As `predicted_ratio`, but the time is the measured one; MACs and parameters are exact.
@@ -162,21 +204,26 @@ class Engine:
         if self.by_time:
             return corrected(options, self.latency.factor)
         return {
-            ly.name: undominated(
-                [replace(o, cost_us=self.size(ly, o.candidate)) for o in options[ly.name]]
-            )
+            ly.name: [replace(o, cost_us=self.size(ly, o.candidate)) for o in options[ly.name]]
             for ly in self.layers
         }
 
-    def exact(self, ratio: float, weights: Mapping[str, float] | None = None) -> Choices:
+    @property
+    def dense_cost(self) -> float:
+        """What all searched layers cost dense, in the unit of `options`."""
+        if self.by_time:
+            return self.latency.dense_us
+        return sum(self.size(layer, DENSE) for layer in self.layers)
+
+    def exact(
+        self, ratio: float, weights: Mapping[str, float] | None = None, gap: float = solver.GAP
+    ) -> Choices:
         """The plan of least predicted loss whose predicted layer ratio is at most `ratio`."""
         if self.space.uniform:
             return self.best_uniform(ratio, self.space.num_blocks)
-        if self.by_time:
-            budget = ratio * self.latency.dense_us
-        else:
-            budget = ratio * sum(self.size(layer, DENSE) for layer in self.layers)
-        solution = solver.solve(self.options(), budget, weights)
+        solution = solver.solve(
+            self.options(), ratio * self.dense_cost, weights, ties=ties_of(self.layers), gap=gap
+        )
         self.gap = max(self.gap, solution.gap)
         return solution.choices
 
@@ -195,12 +242,13 @@ class Engine:
         price = lost / (saved * self.latency.dense_us)
         return doubtful_cells(self.layers, self.latency.table, self.options(), choices, price)
 
+    def front(self, weights: Mapping[str, float] | None = None) -> Front:
+        """The convex hull of all plans, by predicted cost and loss."""
+        return solver.front(self.options(), weights, ties_of(self.layers))
+
     def fastest(self) -> Choices:
         """The plan of least predicted cost, whatever it loses."""
-        return {
-            name: min(choices, key=lambda o: o.cost_us).candidate
-            for name, choices in self.options().items()
-        }
+        return self.front().choices(0)
 
     def uniform(self, num_blocks: int, keep: float) -> dict[str, Candidate]:
         return {ly.name: self.space.uniform_choice(ly, num_blocks, keep) for ly in self.layers}
@@ -237,64 +285,13 @@ class Engine:
         known = [(ratio, p) for p in plans if (ratio := self.predicted_ratio(p)) is not None]
         return min(known, key=lambda item: item[0])[1] if known else None
 
-    # ---- stages -------------------------------------------------------------------------
-
-    def evaluate_front(self, target: float, expired: Callable[[], bool]) -> None:
-        """True losses of exact plans at other budgets, for the front and the additivity check."""
-        self.note_point("dense", {layer.name: DENSE for layer in self.layers}, 0.0)
-        budgets = [b for b in FRONT_BUDGETS if abs(b - target) > 0.02]
-        with self.report.stage("evaluate the front", len(budgets)) as advance:
-            for budget in budgets:
-                try:
-                    choices = self.exact(budget)
-                except InfeasibleBudgetError:
-                    choices = {}
-                if choices and not expired():
-                    name = f"exact {budget:.2f}"
-                    self.note_point(name, choices, self.true_loss(name, choices))
-                advance()
-
-    def refine(
-        self,
-        target: float,
-        trials: int,
-        storage: study.Storage,
-        seed: int,
-        expired: Callable[[], bool],
-    ) -> tuple[dict[str, float], int]:
-        """Optuna over the weights of the score table; returns the best weights and the trials."""
-        groups = study.parameter_groups(self.layers)
-        parameters = sorted({g for names in groups.values() for g in names})
-        best: tuple[float, dict[str, float]] = (float("inf"), {})
-        count = 0
-
-        def evaluate(values: Mapping[str, float]) -> tuple[float, float, dict[str, object]] | None:
-            try:
-                choices = self.exact(AIM * target, study.weights(self.layers, groups, values))
-            except InfeasibleBudgetError:
-                return None
-            loss = self.true_loss("trial", choices)
-            ratio = self.predicted_ratio(choices)
-            assert ratio is not None
-            plan = {name: c.key for name, c in choices.items()}
-            return loss, ratio - target, {"latency_ratio": ratio, "plan": plan}
-
-        with self.report.stage("optuna trials", trials) as advance:
-            count = study.refine(parameters, evaluate, trials, storage, seed, advance, expired)
-        for values, loss, plan in study.finished(storage):
-            choices = {name: Candidate.from_key(key) for name, key in plan.items()}
-            self.note_point("trial", choices, loss)
-            if loss < best[0]:
-                best = (loss, study.weights(self.layers, groups, values))
-        return best[1], count
-
 
 def corrected(
     options: Mapping[str, list[Option]], factor: Callable[[Candidate], float]
 ) -> dict[str, list[Option]]:
     """Options that cost `factor` times their cells."""
     return {
-        name: undominated([replace(o, cost_us=o.cost_us * factor(o.candidate)) for o in items])
+        name: [replace(o, cost_us=o.cost_us * factor(o.candidate)) for o in items]
         for name, items in options.items()
     }
 

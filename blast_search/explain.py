@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from blast_search import accuracy
 from blast_search.document import (
     Block,
     Code,
@@ -23,7 +24,6 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.figures import FrontRow
 from blast_search.files import read_json, read_rows
 from blast_search.plan import LayerPlan, Plan
-from blast_search.plan_check import CHECKED, check_text
 from blast_search.space import DENSE, Call, LayerSpec
 from blast_search.tables import FIELDS, LatencyTable
 
@@ -34,7 +34,7 @@ def sections(run: Path, plan: Plan, front: Sequence[FrontRow]) -> list[Section]:
         Section("The plan, layer by layer", _layers(plan)),
         Section("Layers that stayed dense", _dense_layers(run, plan, inventory)),
         Section("If the budget moved (predicted)", _price(plan)),
-        Section("Prediction against measurement", _accuracy(plan, front)),
+        Section("Prediction against measurement", accuracy.blocks(plan, front)),
         Section("Environment", _environment(run, plan)),
     ]
 
@@ -165,90 +165,35 @@ def _reason(spec: LayerSpec | None, table: LatencyTable | None) -> str:
 
 
 def _price(plan: Plan) -> list[Block]:
-    items = pick(plan.search, "price", "layers")
-    rows = [
-        [Code(clean(pick(item, "name") or "-")), Code(clean(pick(item, "from") or "-")),
-         Code(clean(pick(item, "to") or "-")), show(pick(item, "saves_us"), ".1f"),
-         show(pick(item, "loss"), ".3g")]
-        for item in (items if isinstance(items, list) else [])
-    ]  # fmt: skip
-    if not rows:
+    price = number(pick(plan.search, "price", "loss_per_percent"))
+    tighter, looser = (_changes(pick(plan.search, "price", key)) for key in ("layers", "looser"))
+    if not tighter and not looser:
         return [Paragraph("Not recorded for this run.")]
-    head = ["layer", "from", "to", "predicted saving, us", "predicted added loss"]
-    text = "With a slightly smaller budget, these layers would change first; all values predicted."
-    return [Paragraph(text), Table(head, rows, 3, stacked=True)]
-
-
-def _accuracy(plan: Plan, front: Sequence[FrontRow]) -> list[Block]:
-    chosen = next((row for row in front if row.name == "searched"), None)
-    pairs = [
-        ("layer latency ratio", pick(plan.predicted, "latency_ratio_layers"),
-         pick(plan.measured, "latency_ratio_layers")),
-        ("latency of a call, ms", pick(plan.predicted, "latency_ms"),
-         pick(plan.measured, "latency_ms", "median")),
-        ("added loss before retraining", pick(plan.predicted, "score_increase"),
-         chosen.loss if chosen else None),
-    ]  # fmt: skip
-    rows = []
-    for name, predicted, measured in pairs:
-        a, b = number(predicted), number(measured)
-        off = "-" if a is None or not b else f"{(a / b - 1) * 100:+.1f}%"
-        rows.append([name, show(a, ".4g"), show(b, ".4g"), off])
-    blocks: list[Block] = [
-        Table(["this plan", "predicted", "measured", "prediction off by"], rows)
-    ]
-    texts = (_latency_check(plan), _latency_error(plan), _noise(plan), _additivity(plan))
-    blocks += [Paragraph(text) for text in texts if text]
-    rounds = pick(plan.search, "rounds")
-    steps = [
-        [str(n), show(pick(r, "predicted_ratio")), show(pick(r, "measured_ratio"))]
-        for n, r in enumerate(rounds if isinstance(rounds, list) else [], start=1)
-    ]
-    if steps:
-        text = "The plan was built, timed and chosen anew until its measured latency fitted:"
-        head = ["round", "predicted layer ratio", "measured layer ratio"]
-        blocks += [Paragraph(text), Table(head, steps)]
-    gap = number(pick(plan.search, "optimality_gap"))
-    if gap is not None:
-        text = f"Within the table the exact plan is at most {gap * 100:.2g}% from the optimum"
-        solver = clean(pick(plan.search, "solver") or "")
-        blocks.append(Paragraph(text + (f" (solver: {solver})." if solver else ".")))
+    head = ["layer", "from", "to", "cost, % of the searched layers' dense cost", "loss"]
+    blocks: list[Block] = []
+    if price is not None:
+        blocks.append(
+            Paragraph(
+                f"The price of latency at this plan: {price:.3g} of added loss for each percent "
+                "of the searched layers' dense cost that is saved."
+            )
+        )
+    for changes, text in (
+        (tighter, "A budget smaller by 1% would change these layers first:"),
+        (looser, "A budget larger by 1% would be spent on these layers first:"),
+    ):
+        if changes:
+            blocks += [Paragraph(text), Table(head, changes, 3, stacked=True)]
     return blocks
 
 
-def _latency_check(plan: Plan) -> str:
-    found = plan.search.get("latency_check")
-    if isinstance(found, dict) and all(number(pick(found, key)) is not None for key in CHECKED):
-        return check_text(found)
-    return "No random plans were timed, so the error of predicted latency is not known."
-
-
-def _latency_error(plan: Plan) -> str:
-    found = pick(plan.search, "latency_error")
-    median, worst = number(pick(found, "median")), number(pick(found, "worst"))
-    if median is None or worst is None:
-        return ""
-    return (
-        f"In the {show(pick(found, 'plans'), '.0f')} rounds of the closed loop, predicted layer "
-        f"latency differed from measured by {median * 100:.1f}% (median), {worst * 100:.1f}% "
-        "(worst)."
-    )
-
-
-def _noise(plan: Plan) -> str:
-    return clean(pick(plan.search, "timing_noise", "text") or "")
-
-
-def _additivity(plan: Plan) -> str:
-    found = pick(plan.search, "additivity")
-    rank = number(pick(found, "rank_correlation"))
-    if rank is None:
-        return "Additivity was not checked: whether layer scores add up to the loss is not known."
-    return (
-        f"Additivity: on {show(pick(found, 'plans'), '.0f')} plans, the sum of predicted layer "
-        f"scores ranks the measured loss with a rank correlation of {rank:.2f} (1 is perfect) and "
-        f"a slope of {show(pick(found, 'slope'), '.2f')} (1 means that scores simply add up)."
-    )
+def _changes(items: Any) -> list[list[str]]:
+    return [
+        [Code(clean(pick(item, "name") or "-")), Code(clean(pick(item, "from") or "-")),
+         Code(clean(pick(item, "to") or "-")), show(pick(item, "cost_percent"), "+.2f"),
+         show(pick(item, "loss"), "+.3g")]
+        for item in (items if isinstance(items, list) else [])
+    ]  # fmt: skip
 
 
 def _environment(run: Path, plan: Plan) -> list[Block]:

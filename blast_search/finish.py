@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import platform
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from blast_search.apply import attach, final_modules, load, save
-from blast_search.closed_loop import TIMING_SECONDS, meet
+from blast_search.closed_loop import TIMING_SECONDS
 from blast_search.decision import FINAL_SECONDS, Decision, decide, infeasible, layer_target
 from blast_search.describe import Describer
+from blast_search.drop import within_drop
 from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.evaluate import (
@@ -23,9 +24,9 @@ from blast_search.evaluate import (
     evaluate,
     worse_by,
 )
-from blast_search.files import make_folder
-from blast_search.latency import Timing
-from blast_search.plan import FrontPoint, LayerPlan, Plan
+from blast_search.files import make_folder, sha256_json
+from blast_search.model_latency import Timing
+from blast_search.plan import FrontPoint, Plan
 from blast_search.retrain import DEFAULT_STEPS, retrain
 from blast_search.runfolder import digest
 from blast_search.space import DENSE
@@ -33,8 +34,6 @@ from blast_search.study import Storage
 
 if TYPE_CHECKING:
     from blast_search.pipeline import Pipeline
-
-DROP_ROUNDS = 5
 
 
 class Finish:
@@ -101,8 +100,12 @@ class Finish:
 
         return int(self.records.once("steps", "steps", "retraining steps", affordable))
 
-    def retrained(self, key: str, contender: Contender, plan: Plan, steps: int) -> float:
+    def retrained(
+        self, key: str, contender: Contender, plan: Plan, steps: int, weights: bool = True
+    ) -> float:
         """The metric after `steps` of retraining; the model is kept in models/<key>.
+
+        Without `weights` a value on file will do, even if the model is there no more.
 
         Retraining that makes the metric worse is thrown away (a few steps of Adam, all that a time
         limit left, were seen to double a perplexity): the fitted factors are kept instead.
@@ -110,7 +113,7 @@ class Finish:
         p, seed = self.prepared, self.settings.seed
         folder = self.folder / "models" / key
         kind = f"retrained {steps} steps"
-        if not _holds(folder, contender):
+        if weights and not self.holds(key, contender):
             # The weights were lost (a kill between two files) or are another plan's: train
             # again, with the same seed.
             self.records.measured.pop((kind, digest(contender.choices)), None)
@@ -131,6 +134,11 @@ class Finish:
 
         return float(self.records.once(kind, digest(contender.choices), key, train))
 
+    def holds(self, key: str, contender: Contender) -> bool:
+        """Whether models/<key> holds this contender's weights."""
+        folder = self.folder / "models" / key
+        return (folder / "plan.json").is_file() and Plan.load(folder).choices == contender.choices
+
     # ---- the two ways to a decision -----------------------------------------------------
 
     def dense_timing(self) -> Timing:
@@ -141,57 +149,22 @@ class Finish:
 
     def decide(self) -> Decision:
         """The decision for a budget, or for --max-drop alone."""
-        s, dense = self.settings, self.dense_timing()
+        s, engine, dense = self.settings, self.engine, self.dense_timing()
         storage = Storage(f"sqlite:///{self.folder / 'study.db'}")
-        if s.storage:  # a database may hold the studies of many runs
-            storage = Storage(s.storage, f"{storage.study}-{self.folder.resolve().name}")
+        if s.storage:
+            # A database may hold the studies of many runs.  Runs of one folder name that ask
+            # the same question, on several machines for instance, work on one study.
+            path = self.folder.resolve()
+            question = [s.budget, s.budget_scope, [[ly.name, *ly.shape] for ly in engine.layers]]
+            name = f"{storage.study}-{path.name}-{sha256_json(question)[:8]}"
+            storage = Storage(s.storage, name, f"{platform.node()}:{path}")
         if s.budget is not None:
             target = layer_target(s.budget_scope, s.budget, dense, self.share)
             self.pipeline.settle(self.engine, target)
             return decide(
-                self.engine, target, dense, s.trials, storage, s.seed,
-                self.pipeline.search_expired,
+                engine, target, dense, s.trials, storage, s.seed, self.pipeline.search_deadline,
             )  # fmt: skip
-        return self.within_drop(dense)
-
-    def within_drop(self, dense: Timing) -> Decision:
-        """The fastest plan whose metric after retraining falls by at most max_drop (bisection)."""
-        assert self.settings.max_drop is not None
-        task, engine = self.prepared.task, self.engine
-        nothing = {layer.name: DENSE for layer in self.prepared.layers}
-        best = Contender("dense", nothing, dense, 1.0, True)
-        low, high = 0.0, 1.0
-        for _ in range(DROP_ROUNDS):
-            middle = (low + high) / 2
-            contender = meet(engine, "exact", engine.exact, middle)
-            if contender is None or not contender.feasible:
-                low = middle
-                continue
-            steps = self.steps(contender, DROP_ROUNDS)
-            blank = _blank()
-            value = (
-                self.retrained("searched", contender, self.plan_for(contender, middle), steps)
-                if steps
-                else self.metric(contender, blank)
-            )
-            drop = worse_by(task, value, self.pipeline.dense_metric)
-            self.report.say(
-                f"layer ratio {contender.ratio:.3f}: {task.metric[0]} {value:.4f} "
-                f"({drop:+.4f} worse than dense)"
-            )
-            loss = engine.true_loss("exact", contender.choices)
-            engine.note_point(f"exact {middle:.2f}", contender.choices, loss)
-            if drop <= self.settings.max_drop:
-                best, high = contender, contender.ratio
-            else:
-                low = middle
-        return Decision(best, {}, best.ratio, dense, 0, True)
-
-    def plan_for(self, contender: Contender, target: float) -> Plan:
-        layers = {
-            ly.name: LayerPlan.of(ly, contender.choices[ly.name]) for ly in self.prepared.layers
-        }
-        return replace(_blank(), layers=layers, budget={"layer_target": target})
+        return within_drop(self, dense, storage)
 
     # ---- the end ------------------------------------------------------------------------
 
@@ -268,11 +241,6 @@ class Finish:
         if (self.folder / "models").is_dir():
             shutil.rmtree(self.folder / "models")
         return model
-
-
-def _holds(folder: Path, contender: Contender) -> bool:
-    """Whether a model folder holds this contender's weights."""
-    return (folder / "plan.json").is_file() and Plan.load(folder).choices == contender.choices
 
 
 def _blank() -> Plan:

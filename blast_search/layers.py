@@ -107,6 +107,7 @@ def inventory(
             LayerSpec(
                 name, n, m, module.bias is not None,
                 calls[module] if workloads else (Call(1),), tuple(aliases),
+                space.tie(name, (m, n)),
             )
         )  # fmt: skip
     return layers, skipped

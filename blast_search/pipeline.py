@@ -11,6 +11,7 @@ from torch import nn
 
 from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
+from blast_search.deadline import FOREVER, Deadline
 from blast_search.describe import write_front
 from blast_search.engine import Engine
 from blast_search.evaluate import Task, evaluate
@@ -31,7 +32,9 @@ from blast_search.space import SearchSpace, load_space
 from blast_search.tables import LatencyTable, ScoreTable
 from blast_search.workers import resolve
 
-CHECK_SHARE = 0.1  # of --time-limit, for timing random plans
+# Of the time that is left to the search:
+CHECK_SHARE = 0.2  # for timing random plans
+SCORE_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,11 @@ class Pipeline:
     def _timed(self, stage: str, since: float) -> None:
         self.seconds[stage] = round(time.monotonic() - since, 1)
 
-    def search_expired(self) -> bool:
-        """Whether the search has used its half of --time-limit."""
+    @property
+    def search_deadline(self) -> Deadline:
+        """The search may use half of --time-limit (minutes)."""
         limit = self.settings.time_limit
-        return limit is not None and time.monotonic() - self.started > 30 * limit
+        return FOREVER if limit is None else Deadline(self.started + 30 * limit)
 
     def run(self) -> Run:
         p, say = self.prepared, self.report.say
@@ -172,14 +176,10 @@ class Pipeline:
 
     def checked(self, latency: LatencyModel) -> LatencyModel:
         """The latency model, corrected by random plans; its error on those outside the fit."""
-        p, since, limit = self.prepared, time.monotonic(), self.settings.time_limit
-
-        def expired() -> bool:
-            return limit is not None and time.monotonic() - since > 60 * CHECK_SHARE * limit
-
+        p, since = self.prepared, time.monotonic()
         plans = measure_plans(
             p.model, latency, p.workloads, self.records, self.report, self.settings.seed,
-            mode=p.mode, expired=expired,
+            mode=p.mode, expired=self.search_deadline.share(CHECK_SHARE).expired,
         )  # fmt: skip
         self.latency_check = cross_validated(plans)
         latency.factors = correction(plans)
@@ -200,6 +200,7 @@ class Pipeline:
     def scored(self, latency: LatencyModel) -> Engine:
         """Calibrate, probe and score: everything that the solver needs."""
         p = self.prepared
+        deadline = self.search_deadline.share(SCORE_SHARE)
         batches = list(p.task.calibration())
         with self.report.stage("calibrate", 2) as advance:
             references = reference_outputs(p.model, batches)
@@ -212,15 +213,8 @@ class Pipeline:
         fitter = Fitter(p.model, p.layers, grams, ranks)
         probes = ProbeTable.open(self.folder / "probes.csv")
         scorer = estimate_scores(
-            p.model,
-            p.layers,
-            p.space,
-            latency.table,
-            fitter,
-            batches,
-            references,
-            probes,
-            self.report,
+            p.model, p.layers, p.space, latency.table, fitter, batches, references, probes,
+            self.report, deadline,
         )  # fmt: skip
         scores = scorer.table(p.layers)
         write_rows(self.folder / "scores.csv", ScoreTable.FIELDS, scores.rows())

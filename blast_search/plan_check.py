@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from blast_search.latency import Timing, time_variants, untrained
 from blast_search.latency_model import (
     LatencyModel,
     Shares,
@@ -23,6 +22,7 @@ from blast_search.latency_model import (
     replaced,
 )
 from blast_search.layers import Workload
+from blast_search.model_latency import Timing, time_variants, untrained
 from blast_search.plan import Choices
 from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder, digest

@@ -28,14 +28,15 @@ from blast_search.evaluate import (
     workloads_of,
 )
 from blast_search.files import make_folder, read_json, read_rows
-from blast_search.latency import environment, fingerprint, time_variants
+from blast_search.latency import environment, fingerprint
 from blast_search.latency_model import LatencyModel
 from blast_search.layers import inventory
+from blast_search.model_latency import time_variants
 from blast_search.plan import FrontPoint, LayerPlan, Plan
 from blast_search.progress import Reporter
 from blast_search.retrain import retrain as retrain_model
 from blast_search.settings import DTYPES, pick_device
-from blast_search.space import Call, LayerSpec, SearchSpace
+from blast_search.space import Call, LayerSpec, SearchSpace, ties_of
 from blast_search.tables import LatencyTable, ScoreTable, layer_options
 from blast_search.tasks import load_task
 
@@ -116,9 +117,9 @@ def plan_at(run: Path, ratio: float) -> Plan:
     latency = LatencyModel(layers, table, float(base.search.get("correction") or 1.0), factors)
     options = corrected(options, latency.factor)
     try:
-        solution = solver.solve(options, ratio * dense_us)
+        solution = solver.solve(options, ratio * dense_us, ties=ties_of(layers))
     except InfeasibleBudgetError:
-        smallest = solver.cheapest(options) / dense_us
+        smallest = solver.cheapest(options, ties_of(layers)) / dense_us
         raise InfeasibleBudgetError(
             f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}."
         ) from None

@@ -16,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from blast_search.batches import Batch, mean_divergence
+from blast_search.deadline import FOREVER, Deadline
 from blast_search.errors import IncompatibleInputError
 from blast_search.files import append_row, read_rows
 from blast_search.fitting import Fitter
@@ -31,6 +33,8 @@ PROBE_KEEP = 0.25  # parameters that a probe keeps: near what mid-size budgets c
 GAIN_KEEPS = (0.2, 0.45)
 BEST_GAIN = 0.75  # no b > 1 was seen to lower low rank's error by more than a quarter
 PROBE_CALLS = 320  # whole-model calls that all probes together may take
+
+DEPTHS = 3  # per layer type, so many layers are probed whatever the time
 
 FIELDS = ("kind", "layer", "candidate", "error", "loss")
 Gains = dict[tuple[str, tuple[int, int], int], list[tuple[int, float]]]
@@ -77,24 +81,17 @@ def estimate_scores(
     references: Sequence[object],
     probes: ProbeTable,
     report: Reporter,
+    deadline: Deadline = FOREVER,
 ) -> Scorer:
-    """Measure what scores need, and return their predictor."""
-    alive = {layer.name: promising(layer, space, latency, fitter) for layer in layers}
-    count = probe_batches(batches, len(layers))
-    with report.stage("probe layers", len(layers)) as advance:
-        for layer in layers:
-            probe = probe_candidate(layer, space)
-            if probe and alive[layer.name] and ("probe", layer.name, probe) not in probes.values:
-                with swapped(model, [layer], {layer.name: fitter.module(layer.name, probe)}):
-                    loss = mean_divergence(model, list(batches[:count]), list(references[:count]))
-                if not math.isfinite(loss):
-                    raise IncompatibleInputError(
-                        f"layer {layer.name}: the model's output is not finite with {probe.key} "
-                        "in its place. Exclude the layer in the search space."
-                    )
-                error = fitter.basis(layer.name).error(probe.rank)
-                probes.add("probe", layer.name, probe, error, loss)
-            advance()
+    """Measure what scores need, and return their predictor.
+
+    Args:
+        deadline: once it has passed, only one layer of each type and third of the depth is probed;
+            the others take what lies between the probed ones of their type.
+    """
+    alive = _shared(
+        layers, {layer.name: promising(layer, space, latency, fitter) for layer in layers}
+    )
     wanted = gain_fits(layers, space, alive)
     with report.stage("fit sample layers", len(wanted)) as advance:
         for layer, candidate in wanted:
@@ -102,13 +99,90 @@ def estimate_scores(
                 error = fitter.factors(layer.name, candidate).error
                 probes.add("fit", layer.name, candidate, error, 0.0)
             advance()
-    scales = {}
+    targets = {
+        layer: probe
+        for layer in layers
+        if alive[layer.name] and (probe := probe_candidate(layer, space))
+    }
+    first = spread_over_depth(list(targets))
+    count = probe_batches(batches, len(layers))
+    with report.stage("probe layers", len(targets)) as advance:
+        for layer in [*first, *(ly for ly in targets if ly not in first)]:
+            known = ("probe", layer.name, targets[layer]) in probes.values
+            if not known and (layer in first or not deadline.expired()):
+                loss = _probe(model, layer, targets[layer], fitter, batches[:count], references)
+                error = fitter.basis(layer.name).error(targets[layer].rank)
+                probes.add("probe", layer.name, targets[layer], error, loss)
+            advance()
+    scales = measured_scales(targets, probes)
+    if len(scales) < len(targets):
+        report.say(
+            f"probed {len(scales)} of {len(targets)} layers in the time there was; the others "
+            "take what lies between the probed ones of their type."
+        )
+    return Scorer(
+        fitter, between(list(targets), scales), measured_gains(layers, probes, fitter), alive,
+        len(scales),
+    )  # fmt: skip
+
+
+def _probe(
+    model: nn.Module,
+    layer: LayerSpec,
+    probe: Candidate,
+    fitter: Fitter,
+    batches: Sequence[Batch],
+    references: Sequence[object],
+) -> float:
+    """The model's loss with one layer replaced."""
+    with swapped(model, [layer], {layer.name: fitter.module(layer.name, probe)}):
+        loss = mean_divergence(model, batches, references[: len(batches)])
+    if not math.isfinite(loss):
+        raise IncompatibleInputError(
+            f"layer {layer.name}: the model's output is not finite with {probe.key} in its place. "
+            "Exclude the layer in the search space."
+        )
+    return loss
+
+
+def spread_over_depth(layers: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """Of every type and shape, the middle layers of DEPTHS parts of the depth."""
+    chosen: dict[LayerSpec, None] = {}
+    for members in by_type(layers).values():
+        for part in range(DEPTHS):
+            chosen[members[(2 * part + 1) * len(members) // (2 * DEPTHS)]] = None
+    return list(chosen)
+
+
+def by_type(layers: Sequence[LayerSpec]) -> dict[tuple[str, tuple[int, int]], list[LayerSpec]]:
+    """Layers of one type and shape, in the model's order."""
+    types: dict[tuple[str, tuple[int, int]], list[LayerSpec]] = {}
     for layer in layers:
-        probe = probe_candidate(layer, space)
-        if probe and alive[layer.name]:
+        types.setdefault((layer.type_name, layer.shape), []).append(layer)
+    return types
+
+
+def measured_scales(
+    targets: Mapping[LayerSpec, Candidate], probes: ProbeTable
+) -> dict[str, float]:
+    """Loss per squared relative error of every probed layer."""
+    scales = {}
+    for layer, probe in targets.items():
+        if ("probe", layer.name, probe) in probes.values:
             error, loss = probes.values["probe", layer.name, probe]
             scales[layer.name] = max(loss, 0.0) / max(error, 1e-9) ** 2
-    return Scorer(fitter, scales, measured_gains(layers, probes, fitter), alive)
+    return scales
+
+
+def between(layers: Sequence[LayerSpec], scales: Mapping[str, float]) -> dict[str, float]:
+    """Scales of all layers: linear over the depth between the probed ones of the same type."""
+    found = {}
+    for members in by_type(layers).values():
+        known = [k for k, layer in enumerate(members) if layer.name in scales]
+        values = [scales[members[k].name] for k in known]
+        for k, layer in enumerate(members):
+            found[layer.name] = float(np.interp(k, known, values))
+    return found
 
 
 @dataclass(frozen=True)
@@ -119,6 +193,7 @@ class Scorer:
     scales: Mapping[str, float]  # layer -> loss per squared relative error
     gains: Gains
     alive: Mapping[str, Sequence[Candidate]]
+    probed: int  # how many scales were measured; the others are interpolated
 
     def score(self, layer: LayerSpec, candidate: Candidate) -> Score:
         """The predicted error of a candidate and the loss it adds to the model's."""
@@ -173,15 +248,22 @@ def promising(
     return kept
 
 
+def _shared(
+    layers: Sequence[LayerSpec], alive: Mapping[str, list[Candidate]]
+) -> dict[str, list[Candidate]]:
+    """Tied layers keep what any of them keeps: they can only take what all of them may take."""
+    union: dict[str, dict[Candidate, None]] = {}
+    for layer in layers:
+        union.setdefault(layer.tie or layer.name, {}).update(dict.fromkeys(alive[layer.name]))
+    return {layer.name: list(union[layer.tie or layer.name]) for layer in layers}
+
+
 def gain_fits(
     layers: Sequence[LayerSpec], space: SearchSpace, alive: Mapping[str, Sequence[Candidate]]
 ) -> list[tuple[LayerSpec, Candidate]]:
     """One layer per type (the middle one), two ranks per block count that is still alive."""
-    types: dict[tuple[str, tuple[int, int]], list[LayerSpec]] = {}
-    for layer in layers:
-        types.setdefault((layer.type_name, layer.shape), []).append(layer)
     fits = []
-    for members in types.values():
+    for members in by_type(layers).values():
         layer = members[len(members) // 2]
         blocks = {c.num_blocks for member in members for c in alive[member.name]} - {1}
         for b in sorted(blocks):

@@ -1,33 +1,46 @@
 """Tables in, choices out: the multiple-choice knapsack, exactly (no torch, no model).
 
     choose one option per layer:   min sum loss   subject to   sum cost <= budget
+                                                  and to further limits (memory, a workload, ...)
 
-Greedy and black-box searches over all layers are measurably worse than this (a per-layer TPE or
-NSGA-II does not even reach the best uniform plan), so every per-layer choice is made here.
+Layers that are tied take one option together.  Greedy and black-box searches over all layers are
+measurably worse than this (a per-layer TPE or NSGA-II does not even reach the best uniform plan),
+so every per-layer choice is made here.
+
+The convex hull of all plans (hull.py) gives a first plan and a lower bound at once; options whose
+reduced cost shows that no better plan can hold them are dropped, and HiGHS proves the rest.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 
-from blast_search.errors import InfeasibleBudgetError
+from blast_search.errors import BlastSearchError, InfeasibleBudgetError
+from blast_search.hull import Front, Group, Limit, grouped
 from blast_search.space import Candidate
 from blast_search.tables import Option
 
 GAP = 1e-4  # relative; far below the accuracy of the scores
+TOLERANCE = 1e-9  # relative: sums of many floats may exceed a limit by rounding
+Picks = NDArray[np.int64]  # per group, the index of its option
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Choices with their predicted cost and loss; `gap` is the proven optimality gap."""
+    """Choices with their predicted cost and loss (unweighted).
+
+    `gap`: by how much of its weighted loss the plan may be above the optimum at most; proven.
+    """
 
     choices: dict[str, Candidate]
     cost_us: float
@@ -35,63 +48,180 @@ class Solution:
     gap: float
 
 
-def cheapest(options: Mapping[str, list[Option]]) -> float:
+def cheapest(
+    options: Mapping[str, Sequence[Option]], ties: Mapping[str, str] | None = None
+) -> float:
     """The smallest total cost that any plan reaches, in microseconds."""
-    return sum(min(o.cost_us for o in choices) for choices in options.values())
+    return float(sum(group.usage[0].min() for group in grouped(options, ties=ties)))
+
+
+def front(
+    options: Mapping[str, Sequence[Option]],
+    weights: Mapping[str, float] | None = None,
+    ties: Mapping[str, str] | None = None,
+) -> Front:
+    """All plans on the convex hull of (cost, weighted loss), in milliseconds."""
+    return Front.of(grouped(options, weights, ties))
 
 
 def solve(
-    options: Mapping[str, list[Option]],
+    options: Mapping[str, Sequence[Option]],
     budget_us: float,
     weights: Mapping[str, float] | None = None,
     time_limit_s: float = 60.0,
+    *,
+    ties: Mapping[str, str] | None = None,
+    limits: Sequence[Limit] = (),
+    gap: float = GAP,
 ) -> Solution:
-    """The plan of least summed loss within the budget (HiGHS branch and bound).
+    """The plan of least summed loss within the budget and all limits.
 
     Args:
         options: per layer, at least one option.
         weights: factors on the layers' losses (1 where missing).
+        time_limit_s: after this the best plan so far is returned, with its gap.
+        ties: layer -> name of its tie; layers of one tie take the same candidate.
+        limits: further constraints.
+        gap: stop at this relative optimality gap.
 
     Raises:
-        InfeasibleBudgetError: even the cheapest options exceed the budget.
+        InfeasibleBudgetError: no plan meets the budget and all limits.
+        BlastSearchError: the time limit struck before any plan was found (several limits only).
     """
-    minimum = cheapest(options)
-    if minimum > budget_us:
+    groups = grouped(options, weights, ties, limits)
+    bounds = np.array([budget_us, *(limit.limit for limit in limits)])
+    _check_each(groups, bounds, limits)
+    hull = Front.of(groups)
+    picks, bound, price = hull.start(budget_us)
+    if not _within(groups, picks, bounds):
+        picks = np.empty(0, np.int64)
+    if len(picks):
+        groups, picks, reached = _reduced(groups, picks, bound, price, budget_us, gap)
+        if reached:
+            return _solution(options, groups, picks, bound)
+    scale = bound if bound > 0 else max(float(g.loss.max()) for g in groups) or 1.0
+    found, proven = _branch_and_bound(groups, bounds, scale, time_limit_s, gap)
+    if found is None and not len(picks):
+        if np.isfinite(proven):
+            raise BlastSearchError(
+                f"no plan was found in {time_limit_s:g} s for {len(groups)} choices under "
+                f"{len(bounds)} limits. Allow more time, or loosen a limit."
+            )
         raise InfeasibleBudgetError(
-            f"the cheapest plan takes {minimum:.1f} us, the budget is {budget_us:.1f} us."
+            f"no plan meets the budget and the limits ({', '.join(x.name for x in limits)}) "
+            "together, though each can be met alone."
         )
-    flat = [(name, option) for name, choices in options.items() for option in choices]
-    rows = {name: row for row, name in enumerate(options)}
-    loss = np.array([o.loss * (weights or {}).get(name, 1.0) for name, o in flat])
-    cost = np.array([o.cost_us for _, o in flat])
-    one_each = csr_array(
-        (np.ones(len(flat)), ([rows[name] for name, _ in flat], np.arange(len(flat)))),
-        shape=(len(rows), len(flat)),
-    )
-    scale = loss.max() or 1.0  # HiGHS works with absolute tolerances
-    with _silent_stdout():
-        result = milp(
-            loss / scale,
-            integrality=np.ones(len(flat), dtype=np.int64),
-            bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(cost[None, :] / budget_us, -np.inf, 1),
-            ],
-            options={"mip_rel_gap": GAP, "time_limit": time_limit_s},
-        )
-    if result.x is None:  # a feasible plan exists: the time limit struck before HiGHS found one
-        chosen = {name: min(choices, key=lambda o: o.cost_us) for name, choices in options.items()}
-        gap = float("inf")
-    else:
-        chosen = {name: o for (name, o), x in zip(flat, result.x, strict=True) if x > 0.5}
-        gap = float(result.mip_gap or 0.0)
+    if found is not None and (not len(picks) or _loss(groups, found) < _loss(groups, picks)):
+        picks = found
+    return _solution(options, groups, picks, max(bound, proven))
+
+
+def _check_each(
+    groups: Sequence[Group], bounds: NDArray[np.float64], limits: Sequence[Limit]
+) -> None:
+    least = np.sum([group.usage.min(axis=1) for group in groups], axis=0)
+    for row, (minimum, bound) in enumerate(zip(least, bounds, strict=True)):
+        if minimum > bound * (1 + TOLERANCE):
+            what = "the cheapest plan takes" if row == 0 else f"{limits[row - 1].name}: at least"
+            unit = " us" if row == 0 else ""
+            raise InfeasibleBudgetError(
+                f"{what} {minimum:.1f}{unit}, the {'limit' if row else 'budget'} is "
+                f"{bound:.1f}{unit}."
+            )
+
+
+def _loss(groups: Sequence[Group], picks: Picks) -> float:
+    return float(sum(g.loss[k] for g, k in zip(groups, picks, strict=True)))
+
+
+def _within(groups: Sequence[Group], picks: Picks, bounds: NDArray[np.float64]) -> bool:
+    used = np.sum([g.usage[:, k] for g, k in zip(groups, picks, strict=True)], axis=0)
+    return bool((used <= bounds * (1 + TOLERANCE)).all())
+
+
+def _solution(
+    options: Mapping[str, Sequence[Option]], groups: Sequence[Group], picks: Picks, bound: float
+) -> Solution:
+    loss = _loss(groups, picks)
+    pairs = list(zip(groups, picks, strict=True))
+    chosen = {name: group.candidates[k] for group, k in pairs for name in group.names}
     return Solution(
-        {name: option.candidate for name, option in chosen.items()},
-        sum(o.cost_us for o in chosen.values()),
-        sum(o.loss for o in chosen.values()),
-        gap,
+        {name: chosen[name] for name in options},
+        float(sum(group.usage[0][k] for group, k in pairs)),
+        float(sum(group.plain[k] for group, k in pairs)),
+        max(0.0, (loss - bound) / loss) if loss > 0 else 0.0,
     )
+
+
+def _reduced(
+    groups: Sequence[Group],
+    picks: Picks,
+    bound: float,
+    price: float,
+    budget_us: float,
+    gap: float,
+) -> tuple[list[Group], Picks, bool]:
+    """Groups without the options that no plan better than `picks` can hold.
+
+    With the price of the hull at the budget, `bound` + (an option's priced loss - the least of its
+    group) bounds the loss of every plan that holds the option (Lagrangian; the limits can only
+    raise it).
+
+    Returns:
+        The groups, the picks in them, and whether the gap is reached already.
+    """
+    best = _loss(groups, picks)
+    if best - bound <= gap * best:
+        return list(groups), picks, True
+    kept, places = [], []
+    for group, pick in zip(groups, picks, strict=True):
+        priced = group.loss + price * group.usage[0]
+        stays = bound + (priced - priced.min()) <= best * (1 + TOLERANCE)
+        stays[pick] = True
+        kept.append(group.take(np.flatnonzero(stays)))
+        places.append(int(stays[:pick].sum()))
+    return kept, np.array(places, np.int64), False
+
+
+def _branch_and_bound(
+    groups: Sequence[Group],
+    bounds: NDArray[np.float64],
+    scale: float,
+    time_limit_s: float,
+    gap: float,
+) -> tuple[Picks | None, float]:
+    """HiGHS.  Returns the picks (None: none found) and the proven bound (inf: infeasible)."""
+    starts = np.cumsum([0, *(len(g.candidates) for g in groups)])
+    columns = int(starts[-1])
+    owner = np.repeat(np.arange(len(groups)), np.diff(starts))
+    one_each = csr_array((np.ones(columns), (owner, np.arange(columns))))
+    # HiGHS works with absolute tolerances: every row and the objective are brought to about 1.
+    size = np.where(bounds != 0, np.abs(bounds), 1.0)
+    usage = np.concatenate([g.usage for g in groups], axis=1) / size[:, None]
+    loss = np.concatenate([g.loss for g in groups]) / scale
+    slack, began = 0.0, time.monotonic()
+    for _ in range(3):
+        left = max(0.1, time_limit_s - (time.monotonic() - began))
+        with _silent_stdout():
+            result = milp(
+                loss,
+                integrality=np.ones(columns, dtype=np.int64),
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(
+                    vstack([one_each, csr_array(usage)]),
+                    np.concatenate([np.ones(len(groups)), np.full(len(bounds), -np.inf)]),
+                    np.concatenate([np.ones(len(groups)), bounds / size - slack]),
+                ),
+                options={"mip_rel_gap": gap, "time_limit": left},
+            )
+        if result.x is None:
+            return None, np.inf if result.status == 2 else 0.0
+        parts = np.split(result.x, starts[1:-1])
+        picks = np.array([int(part.argmax()) for part in parts], np.int64)
+        if _within(groups, picks, bounds):
+            return picks, float(result.mip_dual_bound or 0.0) * scale
+        slack += 2e-6  # its feasibility tolerance let it exceed a limit by a hair
+    return None, 0.0
 
 
 @contextmanager

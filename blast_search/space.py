@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class LayerSpec:
     bias: bool
     calls: tuple[Call, ...]
     aliases: tuple[str, ...] = ()  # other paths of the same module; they share the choice
+    tie: str = ""  # layers of one tie share the choice; "" for a layer on its own
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,6 +98,9 @@ class SearchSpace:
         output_head: search the layer that produces the model's output as well.
         num_blocks: block counts b; one that does not divide both sides of a layer is left out
             for that layer.  b = 1 (low rank) and dense are always candidates.
+        ties: patterns like those of `include`; layers that match one pattern and have equal shape
+            share one choice.  "#" stands for a number that tied layers have in common:
+            "*.#.attn.[qkv]" ties the three of every block, "*.attn.[qkv]" those of all blocks.
         keep: fractions of the dense layer's parameters; each gives the rank of a candidate.
         rank_multiple: ranks are rounded to a multiple of this (kernels prefer it).
         uniform: only plans with one b and one keep for all layers, as in the BLAST paper.
@@ -105,6 +110,7 @@ class SearchSpace:
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     output_head: bool = False
+    ties: tuple[str, ...] = ()
     num_blocks: tuple[int, ...] = (1, 2, 4, 8)
     keep: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75)
     rank_multiple: int = 8
@@ -115,6 +121,14 @@ class SearchSpace:
         return any(fnmatchcase(name, p) for p in self.include) and not any(
             fnmatchcase(name, p) for p in self.exclude
         )
+
+    def tie(self, name: str, shape: tuple[int, int]) -> str:
+        """Name of the tie that a layer belongs to: of the first pattern that matches, else ""."""
+        for pattern in self.ties:
+            match = re.fullmatch(translate(pattern).replace(r"\#", r"([0-9]+)"), name)
+            if match:
+                return " ".join([pattern, *match.groups(), f"{shape[0]}x{shape[1]}"])
+        return ""
 
     def rank(self, layer: LayerSpec, num_blocks: int, keep: float) -> int:
         """The rank that keeps about `keep` of the layer's parameters; at least 1."""
@@ -161,6 +175,11 @@ class SearchSpace:
             )
 
 
+def ties_of(layers: Iterable[LayerSpec]) -> dict[str, str]:
+    """Layer name -> tie, for the layers that share their choice with others."""
+    return {layer.name: layer.tie for layer in layers if layer.tie}
+
+
 def _strings(value: Any) -> tuple[str, ...] | None:
     value = [value] if isinstance(value, str) else value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -200,6 +219,7 @@ _FIELDS = {
     "include": _Field(_strings, "a list of name patterns"),
     "exclude": _Field(_strings, "a list of name patterns"),
     "output_head": _Field(_flag, "true or false"),
+    "ties": _Field(_strings, "a list of name patterns"),
     "num_blocks": _Field(_counts, "a list of whole numbers from 1 to 256"),
     "keep": _Field(_fractions, "a list of numbers between 0 and 1 (both excluded)"),
     "rank_multiple": _Field(_positive, "a whole number of at least 1"),
@@ -257,5 +277,5 @@ def load_space(space: str | Path) -> SearchSpace:
 
 __all__ = [
     "DENSE", "Call", "Candidate", "LayerSpec", "SearchSpace", "load_space", "parse_space",
-    "shipped_spaces",
+    "shipped_spaces", "ties_of",
 ]  # fmt: skip

@@ -7,19 +7,22 @@ first trial is the plan of the unweighted table: the result can never be worse t
 A trial is sampled in memory and stored (SQLite by default) only when it is finished.  A killed
 run therefore leaves no half-finished trials, and a resumed one samples exactly what an
 undisturbed run would have.
+
+Many runs may work on one study (a database that all of them reach, see `Storage`): each takes
+over what the others have finished before it samples its next trial.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from blast_search.space import LayerSpec
-
-Evaluate = Callable[[Mapping[str, float]], tuple[float, float, dict[str, Any]] | None]
 
 RANGE = 1.5  # log2: a factor of up to 2.8 either way
 MAX_TYPES = 8
@@ -28,10 +31,36 @@ DEPTH_BINS = 3
 
 @dataclass(frozen=True)
 class Storage:
-    """Where a study lives: an Optuna storage URL and the study's name in it."""
+    """Where a study lives: an Optuna storage URL, the study's name in it, and who works on it.
+
+    `worker` is "" where nobody else does.
+    """
 
     url: str
     study: str = "blast-search"
+    worker: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial gave.
+
+    Attributes:
+        losses: true loss by calibration batch; of a pruned trial, of the batches that it saw.
+        ratio: predicted latency ratio; `excess`, that minus the budget's.
+        plan: layer -> Candidate.key.
+        stage: "weights" or "move".
+    """
+
+    losses: Sequence[float]
+    ratio: float
+    excess: float
+    plan: Mapping[str, str]
+    stage: str
+    pruned: bool
+
+
+Evaluate = Callable[[Mapping[str, float]], Outcome | None]
 
 
 def parameter_groups(layers: Sequence[LayerSpec]) -> dict[str, tuple[str, ...]]:
@@ -59,63 +88,98 @@ def weights(
     }
 
 
-def refine(
-    parameters: Sequence[str],
-    evaluate: Evaluate,
-    trials: int,
-    storage: Storage,
-    seed: int,
-    on_trial: Callable[[], None] = lambda: None,
-    expired: Callable[[], bool] = lambda: False,
-) -> int:
-    """Run up to `trials` trials (those already in the storage count) and return their number.
+class Study:
+    """An Optuna study whose trials are stored when they are finished.
 
-    Args:
-        evaluate: parameter values -> (true loss, latency ratio minus the budget's, attributes),
-            or None where no plan fits.
+    Objectives: true loss and latency ratio, both to be small; constraint: the budget.
     """
-    import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    minimize = optuna.study.StudyDirection.MINIMIZE
-    directions = [minimize, minimize]  # true loss, latency ratio
-    stored = optuna.create_study(
-        study_name=storage.study, storage=storage.url, directions=directions, load_if_exists=True
-    )
-    study = optuna.create_study(directions=directions)
-    study.add_trials(stored.get_trials(deepcopy=False))
-    finished = len(study.trials)
-    for _ in range(finished):
-        on_trial()
-    while finished < trials and not expired():
-        # A sampler that depends on the history and the trial's number only (see above).
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 10_007 + finished)
-        if finished == 0:
-            study.enqueue_trial(dict.fromkeys(parameters, 0.0))
-        trial = study.ask()
-        values = {name: trial.suggest_float(name, -RANGE, RANGE) for name in parameters}
+    def __init__(self, parameters: Sequence[str], storage: Storage, seed: int) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        minimize = optuna.study.StudyDirection.MINIMIZE
+        self.parameters, self.worker, self.seed = list(parameters), storage.worker, seed
+        self._stored = optuna.create_study(
+            study_name=storage.study, storage=storage.url, directions=[minimize] * 2,
+            load_if_exists=True,
+        )  # fmt: skip
+        self._study = optuna.create_study(directions=[minimize] * 2)
+        self._seen: set[Any] = set()
+        self.sync()
+
+    @property
+    def trials(self) -> list[Any]:
+        """All finished trials (optuna.trial.FrozenTrial), oldest first."""
+        return self._study.get_trials(deepcopy=False)
+
+    def sync(self) -> int:
+        """Take over what others have stored; returns the number of finished trials."""
+        if self._seen and not self.worker:
+            return len(self._seen)  # the run folder's own study: nobody else writes to it
+        stored = self._stored.get_trials(deepcopy=False)
+        new = [t for t in stored if t.user_attrs.get("id", t.number) not in self._seen]
+        self._study.add_trials(new)
+        self._seen |= {t.user_attrs.get("id", t.number) for t in new}
+        return len(self._seen)
+
+    def run(self, evaluate: Evaluate, start: Mapping[str, float] | None = None) -> None:
+        """One trial: of `start` (missing parameters are 0), or sampled."""
+        import optuna
+
+        # A sampler that depends on the history, the trial's number and, where several runs work
+        # on the study, on the run: equal histories must not make them sample the same.
+        shared = any(worker_of(t) != self.worker for t in self.trials)
+        own = zlib.crc32(self.worker.encode()) if shared else 0
+        seed = (self.seed * 10_007 + len(self.trials) + own) % 2**32
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed)
+        if start is not None:
+            self._study.enqueue_trial({name: start.get(name, 0.0) for name in self.parameters})
+        trial = self._study.ask()
+        values = {name: trial.suggest_float(name, -RANGE, RANGE) for name in self.parameters}
         outcome = evaluate(values)
+        # Its number in the storage will be another one where several runs work on the study.
+        trial.set_user_attr("id", f"{self.worker}#{trial.number}")
         if outcome is None:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
-            loss, excess, attributes = outcome
-            trial.set_constraint("latency_over_budget", excess)
-            for key, value in attributes.items():
-                trial.set_user_attr(key, value)
-            study.tell(trial, [loss, float(attributes["latency_ratio"])])
-        stored.add_trial(study.trials[-1])
-        finished += 1
-        on_trial()
-    return finished
+            trial.set_constraint("latency_over_budget", outcome.excess)
+            trial.set_user_attr("losses", list(outcome.losses))
+            trial.set_user_attr("plan", dict(outcome.plan))
+            trial.set_user_attr("stage", outcome.stage)
+            if outcome.pruned:
+                self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            else:
+                self._study.tell(trial, [fmean(outcome.losses), outcome.ratio])
+        self._stored.add_trial(self.trials[-1])
+        self._seen.add(f"{self.worker}#{trial.number}")
 
 
-def finished(storage: Storage) -> list[tuple[dict[str, float], float, dict[str, str]]]:
-    """(parameter values, true loss, plan) of every completed trial, in order."""
-    import optuna
+def worker_of(trial: Any) -> str:
+    """Who ran a trial of a study."""
+    return str(trial.user_attrs.get("id", "#")).rpartition("#")[0]
 
-    trials = optuna.load_study(study_name=storage.study, storage=storage.url).get_trials(
-        deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]
-    )
-    return [(dict(t.params), float(t.values[0]), dict(t.user_attrs["plan"])) for t in trials]
+
+@dataclass(frozen=True)
+class Finished:
+    """A completed trial."""
+
+    values: Mapping[str, float]
+    loss: float
+    losses: Sequence[float]  # by calibration batch
+    plan: Mapping[str, str]  # layer -> Candidate.key
+    stage: str
+
+
+def finished(trials: Sequence[Any]) -> list[Finished]:
+    """The completed trials of a study, in order."""
+    return [
+        Finished(
+            dict(t.params), float(t.values[0]), tuple(t.user_attrs["losses"]),
+            dict(t.user_attrs["plan"]), str(t.user_attrs["stage"]),
+        )
+        for t in trials
+        if t.state.name == "COMPLETE"
+    ]  # fmt: skip

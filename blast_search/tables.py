@@ -264,7 +264,7 @@ class Option:
 def layer_options(
     layers: Iterable[LayerSpec], latency: LatencyTable, scores: ScoreTable, floor: float = 1.0
 ) -> dict[str, list[Option]]:
-    """Per layer, the candidates that are measured and scored, dominated ones left out.
+    """Per layer, the candidates that are measured and scored.
 
     A candidate slower than `floor` times dense is dropped: dense is exact and faster.
     """
@@ -277,14 +277,5 @@ def layer_options(
             cost = costs.get(candidate)
             if cost is not None and cost < dense * floor and not candidate.is_dense:
                 found.append(Option(candidate, cost, max(score.loss, 0.0)))
-        options[layer.name] = undominated(found)
+        options[layer.name] = found
     return options
-
-
-def undominated(options: list[Option]) -> list[Option]:
-    """The options that no other beats in both cost and loss, cheapest first."""
-    kept: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.cost_us, o.loss)):
-        if not kept or option.loss < kept[-1].loss:
-            kept.append(option)
-    return kept

@@ -18,10 +18,10 @@ from blast_search.latency import (
     interleave,
     measure_cell,
     missing_cells,
-    time_variants,
 )
 from blast_search.latency_model import LatencyModel, error_statistics
 from blast_search.layers import Workload, find_layers, inventory
+from blast_search.model_latency import time_variants
 from blast_search.space import DENSE, Call, Candidate, LayerSpec, SearchSpace
 from blast_search.tables import LatencyTable, Measurement
 
@@ -178,7 +178,7 @@ def test_time_variants_restores_the_model_and_reports_ratios():
 def test_layers_without_weight_in_time_are_reported():
     import numpy as np
 
-    from blast_search.latency import _timing
+    from blast_search.model_latency import _timing
 
     flat = {name: np.ones(5) for name in ("dense", "fixed", "x")}
     with pytest.raises(IncompatibleInputError, match="no measurable time"):

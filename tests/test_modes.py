@@ -9,8 +9,8 @@ from toy import ToyTask
 
 import blast_search as bs
 from blast_search.errors import UsageError
-from blast_search.latency import time_variants, untrained
 from blast_search.layers import Workload, inventory
+from blast_search.model_latency import time_variants, untrained
 from blast_search.modes import check_mode, timed_call
 from blast_search.space import Candidate, SearchSpace
 

@@ -33,6 +33,7 @@ def test_shipped_spaces_load():
         ("num_blocks: 4", "expected a list"),
         ("keep: [0.5, 1.5]", "between 0 and 1"),
         ("uniform: 3", "true or false"),
+        ("ties: 3", "list of name patterns"),
         ("rank_multiple: 0", "at least 1"),
         ("- a\n- b", "expected `key: value`"),
     ],

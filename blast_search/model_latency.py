@@ -1,0 +1,140 @@
+"""How long whole models take: the dense model, its skeleton and variants, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from blast_search.batches import call_model, to_device
+from blast_search.errors import IncompatibleInputError
+from blast_search.latency import MIN_ROUNDS, interleave, synchronizer
+from blast_search.layers import Workload, get_modules, set_modules, stubs
+from blast_search.matrix import BlastLinear
+from blast_search.modes import timed_call
+from blast_search.plan import Choices
+from blast_search.space import LayerSpec
+
+MODEL_ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured whole-model latency of one variant against dense, in milliseconds and ratios.
+
+    ratio_layers = (variant - fixed) / (dense - fixed), fixed being the time of the model with
+    its searched layers stubbed out.  Ratios are medians of the ratios of each round, in which
+    drift cancels; ci95 are percentile bootstrap intervals over rounds.
+    """
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    runs: int
+    ci95_ms: tuple[float, float]
+    dense_ms: float
+    fixed_ms: float
+    ratio_layers: float
+    ratio_layers_ci95: tuple[float, float]
+    ratio_model: float
+    ratio_model_ci95: tuple[float, float]
+
+
+def untrained(
+    model: nn.Module, layers: Sequence[LayerSpec], plan: Choices
+) -> dict[str, nn.Module]:
+    """Modules of a plan with random factors, to be timed: values do not change the time."""
+    dense = get_modules(model, layers)
+    return {
+        name: BlastLinear.empty_like(dense[name], c.num_blocks, c.rank)
+        for name, c in plan.items()
+        if not c.is_dense
+    }
+
+
+def time_variants(
+    model: nn.Module,
+    layers: Sequence[LayerSpec],
+    variants: Mapping[str, Mapping[str, nn.Module]],
+    workloads: Sequence[Workload],
+    seconds: float,
+    min_rounds: int = MIN_ROUNDS,
+    max_rounds: int = MODEL_ROUNDS,
+    mode: str = "eager",
+) -> dict[str, Timing]:
+    """Time the dense model, its skeleton and its variants, interleaved in one process.
+
+    Args:
+        model: the dense model; left as it was.
+        variants: per name, the modules that replace layers (others stay dense).
+        seconds: for all rounds together, within `min_rounds` and `max_rounds`.
+    """
+    device = next(model.parameters()).device
+    before = get_modules(model, layers)
+    sets = {"dense": before, "fixed": stubs(layers)} | {
+        name: before | dict(modules) for name, modules in variants.items()
+    }
+    total: dict[str, np.ndarray] = {}
+    training = model.training
+    try:
+        model.eval()
+        for share in workloads:
+            batch = to_device(share.batch, model)
+
+            def prepare(name: str) -> None:
+                set_modules(model, layers, sets[name])
+
+            def call(mine: nn.Module, batch: Any = batch) -> object:
+                return call_model(mine, batch)
+
+            with torch.inference_mode():
+                calls = {}
+                for name in sets:
+                    prepare(name)
+                    calls[name] = timed_call(mode, model, call)
+                times = interleave(
+                    calls,
+                    synchronizer(device),
+                    seconds / len(workloads),
+                    min_rounds,
+                    max_rounds,
+                    prepare=prepare,
+                    # The first call after a swap warms caches; the faster one also sheds most
+                    # interruptions by other programs.
+                    best_of=2,
+                )
+            rounds = min(map(len, [*times.values(), *total.values()]))
+            for name, values in times.items():
+                total[name] = total.get(name, 0.0) + values[:rounds] * share.weight / 1e3
+            total = {name: values[:rounds] for name, values in total.items()}
+    finally:
+        set_modules(model, layers, before)
+        model.train(training)
+    return {name: _timing(total, name) for name in ("dense", *variants)}
+
+
+def _timing(times: Mapping[str, np.ndarray], name: str) -> Timing:
+    mine, dense, fixed = times[name], times["dense"], times["fixed"]
+    dense_ms, fixed_ms = float(np.median(dense)), float(np.median(fixed))
+    if dense_ms <= fixed_ms:
+        raise IncompatibleInputError(
+            f"the searched layers take no measurable time: dense {dense_ms:.3f} ms, everything "
+            f"outside them {fixed_ms:.3f} ms. Use a larger workload."
+        )
+    span = np.where(dense > fixed, dense - fixed, np.nan)  # a round upset by other load
+    layers, model = (mine - fixed) / span, mine / dense
+    picks = np.random.default_rng(0).integers(0, len(mine), (500, len(mine)))
+
+    def interval(values: np.ndarray) -> tuple[float, float]:
+        low, high = np.nanpercentile(np.nanmedian(values[picks], axis=1), (2.5, 97.5))
+        return float(low), float(high)
+
+    p10, p50, p90 = (float(v) for v in np.percentile(mine, (10, 50, 90)))
+    return Timing(
+        p50, p10, p90, len(mine), interval(mine), dense_ms, fixed_ms,
+        float(np.nanmedian(layers)), interval(layers), float(np.median(model)), interval(model),
+    )  # fmt: skip

@@ -1,0 +1,175 @@
+"""The stage that judges whole plans by true loss: Optuna's weights, then moves of single layers.
+
+All trials are solved for one predicted latency, so that their true losses compare.  A trial that
+is far above the best one on the calibration batches seen so far is given up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from blast_search import study
+from blast_search.deadline import Deadline
+from blast_search.engine import AIM, Engine
+from blast_search.errors import InfeasibleBudgetError
+from blast_search.hull import grouped
+from blast_search.moves import moves
+from blast_search.plan import Choices
+from blast_search.runfolder import digest
+from blast_search.solver import GAP
+from blast_search.space import Candidate, ties_of
+
+MOVES = 0.25  # of all trials
+HOPELESS = 1.5  # times the best trial's loss on the same batches
+TRIAL_GAP = 3e-3  # the scores are weighted by guesses: a tighter plan would only cost time
+FRONT_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The best weights found, the best plan (theirs, or one that moves made of it), trials run."""
+
+    weights: dict[str, float]
+    choices: Choices
+    trials: int
+
+
+def evaluate_front(
+    engine: Engine,
+    target: float,
+    weights: Mapping[str, float],
+    deadline: Deadline,
+) -> None:
+    """True losses of exact plans at other budgets."""
+    budgets = [b for b in FRONT_BUDGETS if abs(b - target) > 0.02]
+    with engine.report.stage("evaluate the front", len(budgets)) as advance:
+        for budget in budgets:
+            try:
+                choices = engine.exact(budget, weights)
+            except InfeasibleBudgetError:
+                choices = {}
+            if choices and not deadline.expired():
+                name = f"exact {budget:.2f}"
+                engine.note_point(name, choices, engine.true_loss(name, choices))
+            advance()
+
+
+class Trials:
+    """Trials of one run at one target."""
+
+    def __init__(self, engine: Engine, target: float, storage: study.Storage, seed: int) -> None:
+        self.engine, self.ratio, self.target = engine, AIM * target, target
+        self.groups = study.parameter_groups(engine.layers)
+        parameters = sorted({g for names in self.groups.values() for g in names})
+        self.study = study.Study(parameters, storage, seed)
+        self.evaluating = 0.0  # seconds in building and judging models
+
+    def run(self, count: int, start: Mapping[str, float], deadline: Deadline) -> Tuned | None:
+        """Trials until the study has `count`, the last quarter of them moves.
+
+        Args:
+            start: parameters to try right after the exact plan's; may be empty.
+        """
+        engine, before = self.engine, len(self.study.trials)
+        began = time.monotonic()
+        starts = [dict[str, float]()] + ([dict(start)] if start else [])
+        with engine.report.stage("optuna trials", count) as advance:
+            for _ in range(before):
+                advance()
+            while (done := self.study.sync()) < count - int(
+                MOVES * count
+            ) and not deadline.expired():
+                self.study.run(self.weighted, starts[done] if done < len(starts) else None)
+                advance()
+            self.move(count, deadline, advance)
+        found = study.finished(self.study.trials)
+        if not found:
+            return None
+        for item in found:
+            engine.note_point("trial", _choices(item.plan), item.loss)
+        best = min(found, key=lambda item: item.loss)
+        ran = len(self.study.trials) - before
+        outside = time.monotonic() - began - self.evaluating
+        engine.tuning = self.summary(found, round(outside / ran * 1e3, 1) if ran else None)
+        weights = study.weights(engine.layers, self.groups, best.values)
+        return Tuned(weights, _choices(best.plan), len(self.study.trials))
+
+    def weighted(self, values: Mapping[str, float]) -> study.Outcome | None:
+        """The exact plan of weighted scores, judged."""
+        weights = study.weights(self.engine.layers, self.groups, values)
+        plain = not any(values.values())
+        try:
+            choices = self.engine.exact(self.ratio, weights, GAP if plain else TRIAL_GAP)
+        except InfeasibleBudgetError:
+            return None
+        return self.judged(choices, "weights")
+
+    def judged(self, choices: Choices, stage: str) -> study.Outcome:
+        ratio = self.engine.predicted_ratio(choices)
+        assert ratio is not None
+        found = study.finished(self.study.trials)
+        best = min(found, key=lambda item: item.loss, default=None)
+        bar = best.losses if best else ()
+
+        def hopeless(losses: Sequence[float]) -> bool:
+            return bool(bar) and fmean(losses) > HOPELESS * fmean(bar[: len(losses)])
+
+        began = time.monotonic()
+        losses = self.engine.losses("trial", choices, hopeless=hopeless)
+        self.evaluating += time.monotonic() - began
+        plan = {name: c.key for name, c in choices.items()}
+        pruned = len(losses) < len(self.engine.batches)
+        return study.Outcome(losses, ratio, ratio - self.target, plan, stage, pruned)
+
+    def move(self, count: int, deadline: Deadline, advance: Callable[[], None]) -> None:
+        """Moves of the best plan so far, stored as trials of its weights."""
+        engine = self.engine
+        tried = {digest(_choices(t.user_attrs["plan"])) for t in self.study.trials
+                 if "plan" in t.user_attrs}  # fmt: skip
+        while self.study.sync() < count and not deadline.expired():
+            found = study.finished(self.study.trials)
+            if not found:
+                return
+            best = min(found, key=lambda item: item.loss)
+            weights = study.weights(engine.layers, self.groups, best.values)
+            groups = grouped(engine.options(), weights, ties_of(engine.layers))
+            plans = moves(groups, _choices(best.plan), self.ratio * engine.dense_cost)
+            plan = next((p for p in plans if digest(p) not in tried), None)
+            if plan is None:
+                return
+            tried.add(digest(plan))
+            self.study.run(lambda _, p=plan: self.judged(p, "move"), best.values)  # type: ignore[misc]
+            advance()
+
+    def summary(
+        self, found: Sequence[study.Finished], overhead_ms: float | None
+    ) -> dict[str, Any]:
+        """What the stage brought (plan.json, search.optuna); losses at one predicted latency."""
+        plain = (t for t in found if t.stage == "weights" and not any(t.values.values()))
+        exact = next((t.loss for t in plain), None)
+        by_stage = {
+            stage: min((t.loss for t in found if t.stage == stage), default=None)
+            for stage in ("weights", "move")
+        }
+        best = min(t.loss for t in found)
+        states = [t.state.name for t in self.study.trials]
+        return {
+            "trials": len(states),
+            "pruned": states.count("PRUNED"),
+            "moves": sum(t.user_attrs.get("stage") == "move" for t in self.study.trials),
+            "workers": len({study.worker_of(t) for t in self.study.trials}),
+            "exact_loss": exact,
+            "weights_loss": by_stage["weights"],
+            "moves_loss": by_stage["move"],
+            "best_loss": best,
+            "lowered_loss_by": 1 - best / exact if exact else None,
+            "overhead_ms": overhead_ms,
+        }
+
+
+def _choices(plan: Mapping[str, str]) -> dict[str, Candidate]:
+    return {name: Candidate.from_key(key) for name, key in plan.items()}
