@@ -14,6 +14,21 @@ from typing import Annotated, Any
 import typer
 
 from blast_search import errors
+from blast_search.options import (
+    AddressOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    PlanTaskOption,
+    QuietOption,
+    SeedOption,
+    SpaceOption,
+    TaskOption,
+    VerboseOption,
+    WorkersOption,
+    WorkloadOption,
+)
 from blast_search.progress import Reporter
 
 app = typer.Typer(
@@ -33,20 +48,6 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.BlastSearchError, 1),
     (OSError, 1),
 )
-
-TaskOption = Annotated[str, typer.Option(help="Built-in task, or pkg.module:function.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-SpaceOption = Annotated[str, typer.Option(help="Search space: a shipped name or a YAML file.")]
-WorkloadOption = Annotated[
-    str | None, typer.Option(help="[NAME:]BATCHxLENGTH[@WEIGHT],... instead of the task's own.")
-]
-WorkersOption = Annotated[str, typer.Option(help="auto, ray or local.")]
-AddressOption = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
 
 
 def _reporter(quiet: bool, verbose: bool) -> Reporter:
@@ -157,10 +158,8 @@ def pareto(
 def apply(
     plan: Annotated[Path, typer.Argument(help="plan.json, or a folder that holds one.")],
     out: Annotated[Path, typer.Option(help="Folder for the compressed model.")],
-    task: Annotated[str | None, typer.Option(help="Default: the plan's own task.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="pkg.module:function that returns the dense model.")
-    ] = None,
+    task: PlanTaskOption = None,
+    model: ModelOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -175,7 +174,7 @@ def apply(
 @app.command()
 def retrain(
     folder: Annotated[Path, typer.Argument(help="Folder of an applied model.")],
-    task: Annotated[str | None, typer.Option(help="Default: the plan's own task.")] = None,
+    task: PlanTaskOption = None,
     steps: Annotated[int | None, typer.Option(help="Default: the task's recipe.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: the same folder.")] = None,
     seed: SeedOption = 0,
@@ -191,9 +190,26 @@ def retrain(
 
 
 @app.command()
+def refresh(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
+    task: PlanTaskOption = None,
+    model: ModelOption = None,
+    out: Annotated[Path | None, typer.Option(help="Default: the same folder.")] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Same plan on an updated dense checkpoint, warm-started from the old factors."""
+    from blast_search import saved
+
+    result = saved.refresh(folder, task, model, out, _reporter(quiet, False))
+    if as_json:
+        _emit(result)
+
+
+@app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
-    task: Annotated[str | None, typer.Option(help="Default: the plan's own task.")] = None,
+    task: PlanTaskOption = None,
     seconds: Annotated[float, typer.Option(help="Seconds of timing.")] = 20.0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
