@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -13,23 +12,27 @@ from typing import Annotated, Any
 
 import typer
 
-from blast_search import errors
+from blast_search import errors, model_verbs
 from blast_search.options import (
     AddressOption,
+    BudgetOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
-    ModelOption,
-    PlanTaskOption,
+    OutOption,
     QuietOption,
+    ResumeOption,
     SeedOption,
     SpaceOption,
+    StepsOption,
     TaskOption,
+    TrialsOption,
     VerboseOption,
     WorkersOption,
     WorkloadOption,
+    emit,
+    reporter,
 )
-from blast_search.progress import Reporter
 
 app = typer.Typer(
     name="blast-search",
@@ -50,18 +53,19 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 
-def _reporter(quiet: bool, verbose: bool) -> Reporter:
-    return Reporter(0 if quiet else 2 if verbose else 1)
-
-
-def _emit(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=1))
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options that stand on the command line."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
 
 
 @app.command()
 def search(
     context: typer.Context,
-    budget: Annotated[float | None, typer.Option(help="Share of dense latency left, 0.3.")] = None,
+    budget: BudgetOption = None,
     budget_scope: Annotated[str, typer.Option(help="layers, model, macs or params.")] = "layers",
     max_drop: Annotated[
         float | None, typer.Option(help="Largest fall of the metric after retraining.")
@@ -76,15 +80,13 @@ def search(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL (default: study.db in the run folder).")
     ] = None,
-    trials: Annotated[int, typer.Option(help="Optuna trials.")] = 20,
+    trials: TrialsOption = 20,
     time_limit: Annotated[
         float | None, typer.Option(help="Minutes for the whole run; half of it for the search.")
     ] = None,
-    retrain_steps: Annotated[
-        int | None, typer.Option(help="Default: the task's recipe; 0: no retraining.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder (default: results/<run>).")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    retrain_steps: StepsOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = None,
     seed: SeedOption = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only a forecast of cost.")] = False,
     config: Annotated[
@@ -97,17 +99,13 @@ def search(
     """Search, apply, retrain and verify: the whole pipeline."""
     from blast_search import commands
 
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    }
     options = {k: v for k, v in context.params.items() if k not in commands.NOT_SETTINGS}
     result = commands.search(
-        options, given, config, resume, dry_run, _reporter(quiet, verbose), quiet or as_json
-    )
+        options, _given(context), config, resume, dry_run, reporter(quiet, verbose),
+        quiet or as_json,
+    )  # fmt: skip
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 @app.command()
@@ -131,10 +129,10 @@ def profile(
 
     result = commands.profile(
         task, space, workload, device, dtype, workers, ray_address, out, seed, dry_run,
-        _reporter(quiet, verbose), quiet or as_json,
+        reporter(quiet, verbose), quiet or as_json,
     )  # fmt: skip
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 @app.command()
@@ -151,75 +149,43 @@ def pareto(
 
     result = saved.pareto(run, at, out, plot, "json" if as_json else "csv" if csv else "table")
     if as_json:
-        _emit(result)
+        emit(result)
+
+
+for verb in (model_verbs.apply, model_verbs.retrain, model_verbs.refresh, model_verbs.verify):
+    app.command()(verb)
 
 
 @app.command()
-def apply(
-    plan: Annotated[Path, typer.Argument(help="plan.json, or a folder that holds one.")],
-    out: Annotated[Path, typer.Option(help="Folder for the compressed model.")],
-    task: PlanTaskOption = None,
-    model: ModelOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Build the compressed model of a plan."""
-    from blast_search import saved
-
-    result = saved.apply(plan, out, task, model, _reporter(quiet, False))
-    if as_json:
-        _emit(result)
-
-
-@app.command()
-def retrain(
-    folder: Annotated[Path, typer.Argument(help="Folder of an applied model.")],
-    task: PlanTaskOption = None,
-    steps: Annotated[int | None, typer.Option(help="Default: the task's recipe.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: the same folder.")] = None,
+def compare(
+    context: typer.Context,
+    budget: BudgetOption = None,
+    seeds: Annotated[int, typer.Option(help="Retrainings of every contender.")] = 3,
+    task: TaskOption = "minilm",
+    space: SpaceOption = "default",
+    workload: WorkloadOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    workers: WorkersOption = "auto",
+    ray_address: AddressOption = None,
+    trials: TrialsOption = 20,
+    retrain_steps: StepsOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
-    """Recover quality of an applied model."""
-    from blast_search import saved
+    """The search beside uniform plans of every structure, at equal measured latency."""
+    from blast_search import commands
 
-    result = saved.retrain(folder, task, steps, out, seed, _reporter(quiet, False))
+    options = {k: v for k, v in context.params.items() if k not in commands.NOT_ARGUMENTS}
+    result = commands.compare(
+        options, _given(context), resume, reporter(quiet, verbose), quiet or as_json
+    )
     if as_json:
-        _emit(result)
-
-
-@app.command()
-def refresh(
-    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
-    task: PlanTaskOption = None,
-    model: ModelOption = None,
-    out: Annotated[Path | None, typer.Option(help="Default: the same folder.")] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Same plan on an updated dense checkpoint, warm-started from the old factors."""
-    from blast_search import saved
-
-    result = saved.refresh(folder, task, model, out, _reporter(quiet, False))
-    if as_json:
-        _emit(result)
-
-
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
-    task: PlanTaskOption = None,
-    seconds: Annotated[float, typer.Option(help="Seconds of timing.")] = 20.0,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Measure quality and latency against dense, interleaved in one process."""
-    from blast_search import saved
-
-    result = saved.verify(folder, task, seconds, _reporter(quiet, False), quiet or as_json)
-    if as_json:
-        _emit(result)
+        emit(result)
 
 
 @app.command()
@@ -234,7 +200,7 @@ def report(
 
     write_report(existing_run(run), price_per_hour)
     if as_json:
-        _emit({"report": str(run / "report.html")})
+        emit({"report": str(run / "report.html")})
     else:
         typer.echo(f"{run / 'report.html'}")
 
@@ -245,7 +211,7 @@ def tasks(as_json: JsonOption = False) -> None:
     from blast_search.tasks import BUILTIN
 
     if as_json:
-        _emit({"tasks": BUILTIN})
+        emit({"tasks": BUILTIN})
         return
     for name, text in BUILTIN.items():
         typer.echo(f"{name:<10} {text}")
@@ -258,7 +224,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     result = commands.doctor(as_json)
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 class Stopped(BaseException):

@@ -19,12 +19,12 @@ from blast_search.fitting import Fitter
 from blast_search.latency import Timing, time_variants
 from blast_search.latency_model import LatencyModel
 from blast_search.layers import Workload, swapped
-from blast_search.matrix import BlastLinear
 from blast_search.plan import Choices, FrontPoint
 from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder, digest
 from blast_search.sensitivity import Scorer
 from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace
+from blast_search.structured import empty_layer
 from blast_search.tables import Option, ScoreTable, layer_options, undominated
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
@@ -83,7 +83,7 @@ class Engine:
 
     def untrained(self, choices: Choices) -> dict[str, nn.Module]:
         return {
-            name: BlastLinear.empty_like(self.fitter.dense[name], c.num_blocks, c.rank)
+            name: empty_layer(self.fitter.dense[name], c)
             for name, c in choices.items()
             if not c.is_dense
         }

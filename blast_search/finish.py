@@ -102,12 +102,7 @@ class Finish:
         return int(self.records.once("steps", "steps", "retraining steps", affordable))
 
     def retrained(self, key: str, contender: Contender, plan: Plan, steps: int) -> float:
-        """The metric after `steps` of retraining; the model is kept in models/<key>.
-
-        Retraining that makes the metric worse is thrown away (a few steps of Adam, all that a time
-        limit left, were seen to double a perplexity): the fitted factors are kept instead.
-        """
-        p, seed = self.prepared, self.settings.seed
+        """The metric after `steps` of retraining; the model is kept in models/<key>."""
         folder = self.folder / "models" / key
         kind = f"retrained {steps} steps"
         if not _holds(folder, contender):
@@ -116,20 +111,31 @@ class Finish:
             self.records.measured.pop((kind, digest(contender.choices)), None)
 
         def train() -> float:
-            before = self.metric(contender, plan)
-            model = self.build(contender, plan)
-            retrain(p.task, model, p.model, steps, seed, report=self.report, name=f"retrain {key}")
-            value = evaluate(p.task, model)
-            if worse_by(p.task, value, before) > 0:
-                self.report.say(
-                    f"{steps} steps of retraining made {key} worse ({p.task.metric[0]} "
-                    f"{before:.4f} before, {value:.4f} after): they are not kept."
-                )
-                model, value = self.build(contender, plan), before
+            model, value = self.trained(key, contender, plan, steps, self.settings.seed)
             save(model, folder, plan)
             return value
 
         return float(self.records.once(kind, digest(contender.choices), key, train))
+
+    def trained(
+        self, key: str, contender: Contender, plan: Plan, steps: int, seed: int
+    ) -> tuple[nn.Module, float]:
+        """The contender's model and metric after `steps` of retraining.
+
+        Retraining that makes the metric worse is thrown away (a few steps of Adam, all that a time
+        limit left, were seen to double a perplexity): the fitted factors are kept instead.
+        """
+        p, before = self.prepared, self.metric(contender, plan)
+        model = self.build(contender, plan)
+        retrain(p.task, model, p.model, steps, seed, report=self.report, name=f"retrain {key}")
+        value = evaluate(p.task, model)
+        if worse_by(p.task, value, before) <= 0:
+            return model, value
+        self.report.say(
+            f"{steps} steps of retraining made {key} worse ({p.task.metric[0]} "
+            f"{before:.4f} before, {value:.4f} after): they are not kept."
+        )
+        return self.build(contender, plan), before
 
     # ---- the two ways to a decision -----------------------------------------------------
 

@@ -1,10 +1,14 @@
-"""Options that several verbs of the command line share."""
+"""What the verbs of the command line share: options, progress, JSON output."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+
+from blast_search.progress import Reporter
 
 TaskOption = Annotated[str, typer.Option(help="Built-in task, or pkg.module:function.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -18,8 +22,24 @@ AddressOption = Annotated[str | None, typer.Option(help="Address of a Ray cluste
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
+BudgetOption = Annotated[float | None, typer.Option(help="Share of dense latency left, 0.3.")]
+TrialsOption = Annotated[int, typer.Option(help="Optuna trials.")]
+StepsOption = Annotated[
+    int | None, typer.Option(help="Default: the task's recipe; 0: no retraining.")
+]
+OutOption = Annotated[Path | None, typer.Option(help="Run folder (default: results/<run>).")]
+ResumeOption = Annotated[Path | None, typer.Option(help="Continue the run in this folder.")]
 PlanTaskOption = Annotated[str | None, typer.Option(help="Default: the plan's own task.")]
 ModelOption = Annotated[
     str | None, typer.Option(help="pkg.module:function that returns the dense model.")
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
+
+
+def reporter(quiet: bool, verbose: bool = False) -> Reporter:
+    return Reporter(0 if quiet else 2 if verbose else 1)
+
+
+def emit(value: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(value, indent=1))
