@@ -1,78 +1,61 @@
 """Who takes part in `compare`: every kind of plan, as large as the measured budget allows.
 
-Uniform plans of structures that the search does not use (block-diagonal, Monarch) go through the
-same closed loop as all others: their layers are timed beside dense twins, plans are solved for on
-those cells, built, timed as whole models and corrected until the measured ratio holds.
+Uniform plans come as ladders, the largest plan first.  Their place on the ladder is found by
+timing whole models, without a latency table, so that a baseline is never small because a
+prediction was off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
-
-from blast_search.closed_loop import Make, meet
+from blast_search.closed_loop import CLOSE, TIMING_SECONDS, Make, meet
 from blast_search.decision import FINAL_ROUNDS, FINAL_SECONDS, Decision
 from blast_search.engine import AIM, Contender, Engine
-from blast_search.errors import InfeasibleBudgetError
-from blast_search.latency import CELL_SECONDS, interleave, synchronizer
-from blast_search.layers import dense_weight
 from blast_search.plan import Choices
-from blast_search.space import DENSE, Candidate, LayerSpec
-from blast_search.structured import diagonal_choice, empty_layer, monarch_choice
+from blast_search.space import DENSE, Candidate
+from blast_search.structured import diagonal_choice, monarch_choice
 
 DIAGONAL_BLOCKS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+CLIMB_ROUNDS = 8
+
+Ladder = Sequence[Choices]
+Again = Callable[[float], Contender | None]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender; `make` gives its kind's plan for another ratio (None: there is none)."""
+    """One contender; `again` finds its kind's plan for another share of the target, if any."""
 
     contender: Contender
-    make: Make | None = None
+    again: Again | None = None
 
 
 Extra = Callable[[Engine, float, int], Mapping[str, Entry]]  # target, loss evaluations so far
 
 
 def line_up(engine: Engine, decision: Decision) -> dict[str, Entry]:
-    """All kinds of plans within the decision's target; the fastest of its kind where none is."""
+    """All kinds of plans within the decision's target; the fastest of its kind where none is.
+
+    A kind of which the model has no plan (no block count divides its layers) is left out.
+    """
     target = decision.target
     blocks = [b for b in engine.space.num_blocks if b > 1]
-    found: dict[str, Entry | None] = {
-        "uniform low rank": _uniform(engine, decision, "uniform low rank", [1], target),
-        "block-diagonal": _block_diagonal(engine, target),
-        "Monarch": _monarch(engine, blocks, target),
-        "uniform BLAST": _uniform(engine, decision, "uniform BLAST", blocks, target),
-        # As `decide` did it: the same plans, so their timings are on file.
-        "exact plan": entry(engine, "exact", engine.exact, engine.fastest(), target),
-        "full search": Entry(decision.winner, decision.make),
+    kinds = {
+        "uniform low rank": [uniform_ladder(engine, 1)],
+        "block-diagonal": [diagonal_ladder(engine)],
+        "Monarch": [monarch_ladder(engine, b) for b in blocks],
+        "uniform BLAST": [uniform_ladder(engine, b) for b in blocks],
     }
-    return {name: e for name, e in found.items() if e is not None}
-
-
-def entry(
-    engine: Engine, name: str, make: Make, fastest: Choices | None, target: float
-) -> Entry | None:
-    """The largest plan of a kind within the target, else its fastest plan, over the budget."""
-    engine.latency.correction = 1.0
-    contender = meet(engine, name, make, target)
-    if contender is None and fastest:
-        contender, make = meet(engine, name, lambda _: fastest, target), lambda _: fastest
-    engine.latency.correction = 1.0
-    return None if contender is None else Entry(contender, make)
-
-
-def _uniform(
-    engine: Engine, decision: Decision, name: str, blocks: list[int], target: float
-) -> Entry | None:
-    make: Make = lambda ratio: engine.best_uniform(ratio, blocks)  # noqa: E731
-    known = decision.baselines.get(name.lower().replace(" ", "_"))
-    if known:
-        return Entry(known, make)
-    return entry(engine, name, make, engine.fastest_uniform(blocks), target)
+    entries: dict[str, Entry] = {}
+    for name, ladders in kinds.items():
+        if found := best_of(engine, name, [ladder for ladder in ladders if ladder], target):
+            entries[name] = found
+    entries["exact plan"] = _exact(engine, target)
+    winner, make = decision.winner, decision.make
+    again = _solve_again(engine, winner.name, make, target) if make else None
+    return entries | {"full search": Entry(winner, again)}
 
 
 def level(engine: Engine, entries: Mapping[str, Entry], target: float) -> dict[str, Contender]:
@@ -94,142 +77,133 @@ def level(engine: Engine, entries: Mapping[str, Entry], target: float) -> dict[s
                 e.contender, timing=timing, ratio=ratio, feasible=ratio <= target
             )
         over = [] if last else [name for name, c in timed.items() if not c.feasible]
-        smaller: dict[str, Entry] = {}
+        changed = False
         for name in over:
             aims[name] *= min(0.99, target / timed[name].ratio)
-            again = _smaller(engine, name, entries[name], target, aims[name])
-            if again:
-                smaller[name] = again
-        if not smaller:
+            again = entries[name].again
+            smaller = again(aims[name]) if again else None
+            if smaller and smaller.choices != timed[name].choices:
+                entries[name] = replace(entries[name], contender=smaller)
+                changed = True
+        if not changed:
             break
-        entries |= smaller
     return timed
 
 
-def _smaller(engine: Engine, name: str, e: Entry, target: float, aim: float) -> Entry | None:
-    """A smaller plan of the same kind, or None where there is none."""
-    if e.make is None:
+def _exact(engine: Engine, target: float) -> Entry:
+    """The exact plan as `decide` found it: the same steps, so its timings are on file."""
+    again = _solve_again(engine, "exact", engine.exact, target)
+    contender = again(AIM)
+    if contender is None:
+        contender = timed_plan(engine, "fastest", engine.fastest(), target)
+    return Entry(contender, again)
+
+
+def _solve_again(engine: Engine, name: str, make: Make, target: float) -> Again:
+    def again(aim: float) -> Contender | None:
+        engine.latency.correction = 1.0
+        return meet(engine, name, make, target, aim)
+
+    return again
+
+
+# ---- ladders ----------------------------------------------------------------------------------
+
+
+def best_of(engine: Engine, name: str, ladders: Sequence[Ladder], target: float) -> Entry | None:
+    """Of each ladder the largest plan within the target; of these the one of least true loss."""
+    found: list[tuple[bool, float, Contender, Ladder]] = []
+    for ladder in ladders:
+        c = climb(engine, name, ladder, target)
+        # Only plans within the target are built and judged; among others, the fastest is shown.
+        judged = engine.true_loss(name, c.choices) if c.feasible else c.ratio
+        found.append((not c.feasible, judged, c, ladder))
+    if not found:
         return None
-    engine.latency.correction = 1.0
-    again = meet(engine, name, e.make, target, aim)
-    if again is None or again.choices == e.contender.choices:
-        return None
-    return Entry(again, e.make)
+    _, _, contender, best = min(found, key=lambda item: item[:2])
+    return Entry(contender, lambda aim: climb(engine, name, best, target, aim))
 
 
-# ---- structures that only `compare` knows -----------------------------------------------------
+def climb(engine: Engine, name: str, ladder: Ladder, target: float, aim: float = AIM) -> Contender:
+    """The largest plan of a ladder whose measured ratio is at most aim * target.
 
-
-def _block_diagonal(engine: Engine, target: float) -> Entry | None:
-    """b dense diagonal blocks in every layer that b divides, b as small as the budget allows."""
-    plans = []
-    for b in DIAGONAL_BLOCKS:
-        choices = {ly.name: diagonal_choice(*ly.shape, b) or DENSE for ly in engine.layers}
-        if any(not c.is_dense for c in choices.values()):
-            plans.append(choices)
-    if not plans:
-        return None
-    measure_cells(engine, plans)
-    return entry(
-        engine, "block-diagonal", lambda ratio: _largest(engine, plans, ratio),
-        _fastest(engine, plans), target,
-    )  # fmt: skip
-
-
-def _monarch(engine: Engine, blocks: list[int], target: float) -> Entry | None:
-    """One b and one parameter fraction for all layers; b is the one of least true loss."""
-    ladders = {b: ladder for b in blocks if (ladder := _monarch_plans(engine, b))}
-    if not ladders:
-        return None
-    for ladder in ladders.values():  # every eighth plan: latencies between are interpolated
-        measure_cells(engine, [*ladder[::8], ladder[-1]])
-    engine.latency.correction = 1.0
-    losses = []
-    for b, ladder in ladders.items():
-        try:
-            choices = _largest(engine, ladder, AIM * target)
-        except InfeasibleBudgetError:
-            continue
-        losses.append((engine.true_loss(f"Monarch b = {b}", choices), b))
-    every = [plan for ladder in ladders.values() for plan in ladder]
-    ladder = ladders[min(losses)[1]] if losses else every
-    return entry(
-        engine, "Monarch", lambda ratio: _largest(engine, ladder, ratio),
-        _fastest(engine, every), target,
-    )  # fmt: skip
-
-
-def _monarch_plans(engine: Engine, b: int) -> list[Choices]:
-    """Distinct uniform Monarch plans, the largest first."""
-    top, multiple = round(100 * max(engine.space.keep)), engine.space.rank_multiple
-    plans: list[Choices] = []
-    for percent in range(top, 0, -1):
-        choices = {
-            ly.name: monarch_choice(*ly.shape, b, percent / 100, multiple) or DENSE
-            for ly in engine.layers
-        }
-        if any(not c.is_dense for c in choices.values()) and choices not in plans[-1:]:
-            plans.append(choices)
-    return plans
-
-
-def _largest(engine: Engine, plans: Iterable[Choices], ratio: float) -> Choices:
-    """The first of `plans` (largest first) whose predicted ratio is within `ratio`."""
-    for choices in plans:
-        predicted = engine.predicted_ratio(choices)
-        if predicted is not None and predicted <= ratio:
-            return choices
-    raise InfeasibleBudgetError(f"no plan of this kind has a layer latency ratio of {ratio:.3f}.")
-
-
-def _fastest(engine: Engine, plans: Iterable[Choices]) -> Choices | None:
-    known = [(r, p) for p in plans if (r := engine.predicted_ratio(p)) is not None]
-    return min(known, key=lambda item: item[0])[1] if known else None
-
-
-def measure_cells(engine: Engine, plans: Iterable[Choices]) -> None:
-    """Time the layers of plans beside their dense twins and enter them as latency cells.
-
-    Layers of equal shape and calls share a cell; a cell on file is not timed again.
+    Regula falsi on the ladder's sizes, every other step a bisection; stops when `CLOSE` of the
+    target is used.  The fastest plan that was timed where none is within the target.
     """
-    layers = {layer.name: layer for layer in engine.layers}
-    wanted: dict[tuple[object, ...], list[tuple[str, Candidate]]] = {}
-    for choices in plans:
-        for name, candidate in choices.items():
-            if not candidate.is_dense and candidate not in engine.latency.costs(name):
-                layer = layers[name]
-                key = (layer.shape, layer.bias, layer.calls, candidate)
-                wanted.setdefault(key, []).append((name, candidate))
-    with engine.report.stage("profile structures", len(wanted)) as advance:
-        for members in wanted.values():
-            ratio = _cell_ratio(engine, layers[members[0][0]], members[0][1])
-            for name, candidate in members:
-                costs = engine.latency.costs(name)
-                costs[candidate] = ratio * costs[DENSE]
+    sizes = [_size(engine, choices) for choices in ladder]
+    over, within = -1, len(ladder)  # ladder[over] is too slow, ladder[within] is not
+    known = {over: (1.0, 1.0), within: (0.0, 0.0)}  # place -> (size, measured ratio)
+    tried: dict[int, Contender] = {}
+    wanted = aim * target
+    with engine.report.stage(f"build and time {name}", CLIMB_ROUNDS) as advance:
+        for step in range(CLIMB_ROUNDS):
+            (s0, r0), (s1, r1) = known[within], known[over]
+            slope = (s1 - s0) / (r1 - r0) if r1 > r0 else 0.0
+            size = (s0 + s1) / 2 if step % 2 or not slope else s0 + (wanted - r0) * slope
+            place = next((i for i, s in enumerate(sizes) if s <= size), within)
+            place = min(max(place, over + 1), within - 1)
+            tried[place] = timed_plan(engine, name, ladder[place], target)
+            ratio = tried[place].ratio
+            known[place] = sizes[place], ratio
             advance()
+            if ratio > wanted:
+                over = place
+            else:
+                within = place
+            if within - over <= 1 or CLOSE * wanted <= ratio <= wanted:
+                break
+    return tried.get(within) or min(tried.values(), key=lambda c: c.ratio)
 
 
-def _cell_ratio(engine: Engine, layer: LayerSpec, candidate: Candidate) -> float:
-    """Measured time of a candidate over its dense twin's, over all of a layer's calls."""
-    m, n = layer.shape
-    calls = ",".join(f"{c.tokens}@{c.weight:g}" for c in layer.calls)
-    key = f"{m}x{n} {'bias' if layer.bias else 'plain'} {calls} {candidate.key}"
-    measure = lambda: _time_cell(engine, layer, candidate)  # noqa: E731
-    return float(engine.run.once("structure cell", key, candidate.key, measure))
+def timed_plan(engine: Engine, name: str, choices: Choices, target: float) -> Contender:
+    (timing,) = engine.time(name, {name: choices}, TIMING_SECONDS)
+    ratio = engine.measured_ratio(choices, timing)
+    return Contender(name, choices, timing, ratio, ratio <= target)
 
 
-def _time_cell(engine: Engine, layer: LayerSpec, candidate: Candidate) -> float:
-    linear = engine.fitter.dense[layer.name]
-    module, weight = empty_layer(linear, candidate), dense_weight(linear)
-    mine = dense = 0.0
-    with torch.inference_mode():
-        for call in layer.calls:
-            x = torch.randn(call.tokens, layer.in_features, dtype=weight.dtype).to(weight.device)
-            times = interleave(
-                {"dense": lambda x=x: linear(x), "candidate": lambda x=x: module(x)},  # type: ignore[misc]
-                synchronizer(weight.device),
-                CELL_SECONDS,
-            )
-            mine += call.weight * float(np.median(times["candidate"]))
-            dense += call.weight * float(np.median(times["dense"]))
-    return mine / dense
+def _size(engine: Engine, choices: Choices) -> float:
+    """Share of the searched layers' parameters that a plan keeps."""
+    kept = sum(layer.params(choices[layer.name]) for layer in engine.layers)
+    return kept / sum(layer.params(DENSE) for layer in engine.layers)
+
+
+def uniform_ladder(engine: Engine, num_blocks: int) -> Ladder:
+    """One b and one parameter fraction for all layers (b = 1: low rank)."""
+    return _ladder([engine.uniform(num_blocks, keep) for keep in _fractions(engine)])
+
+
+def monarch_ladder(engine: Engine, num_blocks: int) -> Ladder:
+    """One b and one parameter fraction for all layers."""
+    multiple = engine.space.rank_multiple
+    return _ladder(
+        [
+            {
+                ly.name: monarch_choice(*ly.shape, num_blocks, keep, multiple) or DENSE
+                for ly in engine.layers
+            }
+            for keep in _fractions(engine)
+        ]
+    )
+
+
+def diagonal_ladder(engine: Engine) -> Ladder:
+    """b dense diagonal blocks in every layer that b divides."""
+    return _ladder(
+        [
+            {ly.name: diagonal_choice(*ly.shape, b) or DENSE for ly in engine.layers}
+            for b in DIAGONAL_BLOCKS
+        ]
+    )
+
+
+def _fractions(engine: Engine) -> list[float]:
+    return [percent / 100 for percent in range(round(100 * max(engine.space.keep)), 0, -1)]
+
+
+def _ladder(plans: Sequence[Mapping[str, Candidate]]) -> Ladder:
+    """Distinct plans, those that replace nothing left out."""
+    ladder: list[Choices] = []
+    for choices in plans:
+        if choices not in ladder and any(not c.is_dense for c in choices.values()):
+            ladder.append(choices)
+    return ladder

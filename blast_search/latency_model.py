@@ -66,10 +66,8 @@ class LatencyModel:
         costs = self.costs(name)
         if candidate in costs:
             return costs[candidate]
-        kind = type(candidate), candidate.num_blocks
-        points = sorted(
-            (c.rank, cost) for c, cost in costs.items() if (type(c), c.num_blocks) == kind
-        )
+        b = candidate.num_blocks
+        points = sorted((c.rank, cost) for c, cost in costs.items() if c.num_blocks == b)
         if not points:
             return None
         ranks, values = zip(*points, strict=True)
