@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -13,8 +12,29 @@ from typing import Annotated, Any
 
 import typer
 
-from blast_search import errors
-from blast_search.progress import Reporter
+from blast_search import errors, model_verbs
+from blast_search.options import (
+    AddressOption,
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModeOption,
+    OutOption,
+    ProfileOption,
+    QuietOption,
+    ResumeOption,
+    SeedOption,
+    SpaceOption,
+    StepsOption,
+    TaskOption,
+    TrialsOption,
+    VerboseOption,
+    WorkersOption,
+    WorkloadOption,
+    emit,
+    reporter,
+)
 
 app = typer.Typer(
     name="blast-search",
@@ -34,37 +54,20 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (OSError, 1),
 )
 
-TaskOption = Annotated[str, typer.Option(help="Built-in task, or pkg.module:function.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-SpaceOption = Annotated[str, typer.Option(help="Search space: a shipped name or a YAML file.")]
-WorkloadOption = Annotated[
-    str | None, typer.Option(help="[NAME:]BATCHxLENGTH[@WEIGHT],... instead of the task's own.")
-]
-ModeOption = Annotated[str, typer.Option(help="Timed calls: eager, compiled or cuda-graph.")]
-WorkersOption = Annotated[str, typer.Option(help="auto, ray or local.")]
-ProfileOption = Annotated[
-    str, typer.Option("--profile", help="full, or pruned: only cells that could be chosen.")
-]
-AddressOption = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
 
-
-def _reporter(quiet: bool, verbose: bool) -> Reporter:
-    return Reporter(0 if quiet else 2 if verbose else 1)
-
-
-def _emit(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=1))
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options that stand on the command line."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
 
 
 @app.command()
 def search(
     context: typer.Context,
-    budget: Annotated[float | None, typer.Option(help="Share of dense latency left, 0.3.")] = None,
+    budget: BudgetOption = None,
     budget_scope: Annotated[str, typer.Option(help="layers, model, macs or params.")] = "layers",
     max_drop: Annotated[
         float | None, typer.Option(help="Largest fall of the metric after retraining.")
@@ -81,15 +84,13 @@ def search(
     storage: Annotated[
         str | None, typer.Option(help="Optuna storage URL (default: study.db in the run folder).")
     ] = None,
-    trials: Annotated[int, typer.Option(help="Optuna trials.")] = 20,
+    trials: TrialsOption = 20,
     time_limit: Annotated[
         float | None, typer.Option(help="Minutes for the whole run; half of it for the search.")
     ] = None,
-    retrain_steps: Annotated[
-        int | None, typer.Option(help="Default: the task's recipe; 0: no retraining.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder (default: results/<run>).")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.")] = None,
+    retrain_steps: StepsOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = None,
     seed: SeedOption = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only a forecast of cost.")] = False,
     config: Annotated[
@@ -102,17 +103,13 @@ def search(
     """Search, apply, retrain and verify: the whole pipeline."""
     from blast_search import commands
 
-    given = {
-        name: value
-        for name, value in context.params.items()
-        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    }
     options = {k: v for k, v in context.params.items() if k not in commands.NOT_SETTINGS}
     result = commands.search(
-        options, given, config, resume, dry_run, _reporter(quiet, verbose), quiet or as_json
-    )
+        options, _given(context), config, resume, dry_run, reporter(quiet, verbose),
+        quiet or as_json,
+    )  # fmt: skip
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 @app.command()
@@ -143,10 +140,10 @@ def profile(
     result = commands.profile(
         Settings(task=task, budget=1.0, space=space, workload=workload, device=device,
                  dtype=dtype, mode=mode, profile=profile, seed=seed),
-        workers, ray_address, out, check, dry_run, _reporter(quiet, verbose), quiet or as_json,
+        workers, ray_address, out, check, dry_run, reporter(quiet, verbose), quiet or as_json,
     )  # fmt: skip
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 @app.command()
@@ -163,60 +160,43 @@ def pareto(
 
     result = saved.pareto(run, at, out, plot, "json" if as_json else "csv" if csv else "table")
     if as_json:
-        _emit(result)
+        emit(result)
+
+
+for verb in (model_verbs.apply, model_verbs.retrain, model_verbs.refresh, model_verbs.verify):
+    app.command()(verb)
 
 
 @app.command()
-def apply(
-    plan: Annotated[Path, typer.Argument(help="plan.json, or a folder that holds one.")],
-    out: Annotated[Path, typer.Option(help="Folder for the compressed model.")],
-    task: Annotated[str | None, typer.Option(help="Default: the plan's own task.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="pkg.module:function that returns the dense model.")
-    ] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Build the compressed model of a plan."""
-    from blast_search import saved
-
-    result = saved.apply(plan, out, task, model, _reporter(quiet, False))
-    if as_json:
-        _emit(result)
-
-
-@app.command()
-def retrain(
-    folder: Annotated[Path, typer.Argument(help="Folder of an applied model.")],
-    task: Annotated[str | None, typer.Option(help="Default: the plan's own task.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Default: the task's recipe.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: the same folder.")] = None,
+def compare(
+    context: typer.Context,
+    budget: BudgetOption = None,
+    seeds: Annotated[int, typer.Option(help="Retrainings of every contender.")] = 3,
+    task: TaskOption = "minilm",
+    space: SpaceOption = "default",
+    workload: WorkloadOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    workers: WorkersOption = "auto",
+    ray_address: AddressOption = None,
+    trials: TrialsOption = 20,
+    retrain_steps: StepsOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
-    """Recover quality of an applied model."""
-    from blast_search import saved
+    """The search beside uniform plans of every structure, at equal measured latency."""
+    from blast_search import commands
 
-    result = saved.retrain(folder, task, steps, out, seed, _reporter(quiet, False))
+    options = {k: v for k, v in context.params.items() if k not in commands.NOT_ARGUMENTS}
+    result = commands.compare(
+        options, _given(context), resume, reporter(quiet, verbose), quiet or as_json
+    )
     if as_json:
-        _emit(result)
-
-
-@app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
-    task: Annotated[str | None, typer.Option(help="Default: the plan's own task.")] = None,
-    seconds: Annotated[float, typer.Option(help="Seconds of timing.")] = 20.0,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Measure quality and latency against dense, interleaved in one process."""
-    from blast_search import saved
-
-    result = saved.verify(folder, task, seconds, _reporter(quiet, False), quiet or as_json)
-    if as_json:
-        _emit(result)
+        emit(result)
 
 
 @app.command()
@@ -231,7 +211,7 @@ def report(
 
     write_report(existing_run(run), price_per_hour)
     if as_json:
-        _emit({"report": str(run / "report.html")})
+        emit({"report": str(run / "report.html")})
     else:
         typer.echo(f"{run / 'report.html'}")
 
@@ -242,7 +222,7 @@ def tasks(as_json: JsonOption = False) -> None:
     from blast_search.tasks import BUILTIN
 
     if as_json:
-        _emit({"tasks": BUILTIN})
+        emit({"tasks": BUILTIN})
         return
     for name, text in BUILTIN.items():
         typer.echo(f"{name:<10} {text}")
@@ -255,7 +235,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     result = commands.doctor(as_json)
     if as_json:
-        _emit(result)
+        emit(result)
 
 
 class Stopped(BaseException):

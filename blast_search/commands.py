@@ -35,6 +35,7 @@ NOT_SETTINGS = (
     "workers", "ray_address", "out", "resume", "dry_run", "config", "as_json", "quiet", "verbose",
 )  # fmt: skip
 CHECK_PLANS = 30
+NOT_ARGUMENTS = ("resume", "as_json", "quiet", "verbose")
 SETTING_NAMES = {f.name for f in fields(Settings)}
 
 
@@ -54,19 +55,7 @@ def search(
         values |= _config(config)
     values |= {k: v for k, v in given.items() if k in values}
     if resume:
-        file = resume / "config.yaml"
-        if not file.is_file():
-            raise UsageError(f"{resume} holds no run to resume (no config.yaml). Check the path.")
-        stored = read_yaml_mapping(file)
-        if odd := set(stored) ^ SETTING_NAMES:
-            raise IncompatibleInputError(f"{file}: missing or unknown keys {sorted(odd)}.")
-        changed = [k for k in stored if k in given and given[k] != stored[k]]
-        if changed:
-            raise UsageError(
-                f"--resume continues {resume} as it was started; {', '.join(changed)} "
-                "cannot change. Leave the options out, or start a new run."
-            )
-        values |= stored | {"out": resume}
+        values |= _stored(resume, SETTING_NAMES, given) | {"out": resume}
     if dry_run:
         return forecast(values, report, silent)
     run = pipeline.search(**values, resume=resume is not None, report=report)
@@ -79,6 +68,48 @@ def search(
         console().print(run.plan.search["verdict"], markup=False)
         console().print(f"{run.folder / 'report.html'}", markup=False)
     return {"run": str(run.folder), "plan": run.plan.to_json()}
+
+
+def _stored(resume: Path, names: set[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run to resume; options given on the command line must agree."""
+    file = resume / "config.yaml"
+    if not file.is_file():
+        raise UsageError(f"{resume} holds no run to resume (no config.yaml). Check the path.")
+    stored = read_yaml_mapping(file)
+    if odd := set(stored) ^ names:
+        raise IncompatibleInputError(f"{file}: missing or unknown keys {sorted(odd)}.")
+    changed = [k for k in stored if k in given and given[k] != stored[k]]
+    if changed:
+        raise UsageError(
+            f"--resume continues {resume} as it was started; {', '.join(changed)} "
+            "cannot change. Leave the options out, or start a new run."
+        )
+    return stored
+
+
+def compare(
+    options: Mapping[str, Any],
+    given: Mapping[str, Any],
+    resume: Path | None,
+    report: Reporter,
+    silent: bool,
+) -> dict[str, Any]:
+    """The search beside uniform plans of every structure, at equal measured latency."""
+    from blast_search import compare as comparing
+
+    values = dict(options)
+    if resume:
+        stored = _stored(resume, {f.name for f in fields(comparing.CompareSettings)}, given)
+        values |= {k: v for k, v in stored.items() if k in values} | {"out": resume}
+    if values["budget"] is None:
+        raise UsageError("no budget: give --budget, for instance 0.3.")
+    result = comparing.compare(**values, resume=resume is not None, report=report)
+    if not silent:
+        console().print(result.table())
+        for text in result.verdicts:
+            console().print(f"The search against {text}", markup=False)
+        console().print(f"{result.folder / 'compare.md'}", markup=False)
+    return {"run": str(result.folder)} | result.to_json()
 
 
 def _config(path: Path) -> dict[str, Any]:

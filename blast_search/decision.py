@@ -31,6 +31,7 @@ class Decision:
     dense: Timing
     trials: int
     met: bool
+    make: Make | None = None  # the winner's plans at other ratios
     weights: Mapping[str, float] = field(default_factory=dict)  # of the scores, by layer
 
 
@@ -173,7 +174,7 @@ def _final(
             for (key, c), t in zip(contenders.items(), timings, strict=True)
         }  # fmt: skip
         winner = timed.pop("searched")
-        decision = Decision(winner, timed, target, timings[0], trials, winner.feasible)
+        decision = Decision(winner, timed, target, timings[0], trials, winner.feasible, make)
         if winner.feasible:
             return decision
         engine.report.detail(f"  final timing {winner.ratio:.3f} is over {target:.3f}: tightening")

@@ -63,7 +63,7 @@ class Describer:
             }
         }  # fmt: skip
         for name, c in decision.baselines.items():
-            baselines[name] = {"description": _uniform_text(c)} | self.measured(
+            baselines[name] = {"description": uniform_text(c)} | self.measured(
                 c, metric | {"compressed": metrics.get(name), "retrained": after.get(name)}
             )
         measured = self.measured(
@@ -204,7 +204,7 @@ def write_front(folder: Path, points: list[FrontPoint]) -> None:
     write_rows(folder / "front.csv", FrontPoint.FIELDS, rows)
 
 
-def _uniform_text(contender: Contender) -> str:
+def uniform_text(contender: Contender) -> str:
     """What a uniform plan is, in words."""
     if not contender.name.startswith("uniform"):
         return f"the plan of the {contender.name}"

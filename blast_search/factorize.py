@@ -48,6 +48,7 @@ def factorize(
     whitening: Whitening = "full",
     name: str = "",
     seed: int = 0,
+    initial: Factors | None = None,
     on_sweep: OnSweep | None = None,
 ) -> Factors:
     """The BLAST factors of a weight (m, n).
@@ -63,16 +64,18 @@ def factorize(
             "none".  The error is in the full Gram's norm in any case.
         name: the layer's, for warnings.
         seed: of precgd's start.
+        initial: factors of these shapes to start from beside the SVD, for instance those of an
+            older checkpoint (als only; b = 1 needs no start).
         on_sweep: called after every sweep with the relative error of the objective so far.
 
     Returns:
         Factors in the weight's device and float32 (float64 stays).  With als, never worse than
-        the best rank-`rank` matrix.  The Gram is regularised by gram.RIDGE first, and the error
-        is in that norm.
+        the best rank-`rank` matrix, nor than `initial`.  The Gram is regularised by gram.RIDGE
+        first, and the error is in that norm.
 
     Raises:
-        ValueError: num_blocks does not divide both sides, rank < 1, a Gram of other size, an
-            unknown option, or precgd with a full Gram.
+        ValueError: num_blocks does not divide both sides, rank < 1, a Gram or `initial` of other
+            size, an unknown option, or precgd with a full Gram.
         IncompatibleInputError: NaN or infinity in the weight or the Gram.
 
     Warns:
@@ -99,7 +102,9 @@ def factorize(
             return _finished(a, g, (start.U, start.S, start.V), normal=False)
         else:
             count = SWEEPS if sweeps is None else sweeps
-            factors = _fit([a], num_blocks, [[start]], [target], full, count, report)[0]
+            starts = [start] if initial is None else [start, _like(initial, start)]
+            rough = initial is None
+            factors = _fit([a], num_blocks, [starts], [target], full, count, report, rough)[0]
     return _finished(a, g, factors)
 
 
@@ -224,6 +229,16 @@ def _checked(
     a = weight.detach()
     a = a if a.dtype == torch.float64 else a.float()
     return a, None if gram is None else regularised(gram.to(a))
+
+
+def _like(initial: Factors, start: Factors) -> Factors:
+    """`initial` in the dtype and on the device of `start`, whose shapes it must have."""
+    pairs = [(getattr(initial, key), getattr(start, key)) for key in ("U", "V", "S")]
+    for given, own in pairs:
+        if given.shape != own.shape:
+            raise ValueError(f"initial has a {tuple(given.shape)}, expected {tuple(own.shape)}.")
+    u, v, s = (given.detach().to(own) for given, own in pairs)
+    return Factors(u, v, s, math.nan)
 
 
 def _is_full(gram: Tensor | None) -> bool:

@@ -106,11 +106,7 @@ class Finish:
         """The metric after `steps` of retraining; the model is kept in models/<key>.
 
         Without `weights` a value on file will do, even if the model is there no more.
-
-        Retraining that makes the metric worse is thrown away (a few steps of Adam, all that a time
-        limit left, were seen to double a perplexity): the fitted factors are kept instead.
         """
-        p, seed = self.prepared, self.settings.seed
         folder = self.folder / "models" / key
         kind = f"retrained {steps} steps"
         if weights and not self.holds(key, contender):
@@ -119,16 +115,7 @@ class Finish:
             self.records.measured.pop((kind, digest(contender.choices)), None)
 
         def train() -> float:
-            before = self.metric(contender, plan)
-            model = self.build(contender, plan)
-            retrain(p.task, model, p.model, steps, seed, report=self.report, name=f"retrain {key}")
-            value = evaluate(p.task, model)
-            if worse_by(p.task, value, before) > 0:
-                self.report.say(
-                    f"{steps} steps of retraining made {key} worse ({p.task.metric[0]} "
-                    f"{before:.4f} before, {value:.4f} after): they are not kept."
-                )
-                model, value = self.build(contender, plan), before
+            model, value = self.trained(key, contender, plan, steps, self.settings.seed)
             save(model, folder, plan)
             return value
 
@@ -138,6 +125,26 @@ class Finish:
         """Whether models/<key> holds this contender's weights."""
         folder = self.folder / "models" / key
         return (folder / "plan.json").is_file() and Plan.load(folder).choices == contender.choices
+
+    def trained(
+        self, key: str, contender: Contender, plan: Plan, steps: int, seed: int
+    ) -> tuple[nn.Module, float]:
+        """The contender's model and metric after `steps` of retraining.
+
+        Retraining that makes the metric worse is thrown away (a few steps of Adam, all that a time
+        limit left, were seen to double a perplexity): the fitted factors are kept instead.
+        """
+        p, before = self.prepared, self.metric(contender, plan)
+        model = self.build(contender, plan)
+        retrain(p.task, model, p.model, steps, seed, report=self.report, name=f"retrain {key}")
+        value = evaluate(p.task, model)
+        if worse_by(p.task, value, before) <= 0:
+            return model, value
+        self.report.say(
+            f"{steps} steps of retraining made {key} worse ({p.task.metric[0]} "
+            f"{before:.4f} before, {value:.4f} after): they are not kept."
+        )
+        return self.build(contender, plan), before
 
     # ---- the two ways to a decision -----------------------------------------------------
 

@@ -16,9 +16,9 @@ from blast_search.factorize import factorize
 from blast_search.factors import Factors
 from blast_search.layers import dense_weight, get_modules
 from blast_search.lowrank import LowRankBasis, low_rank_basis
-from blast_search.matrix import BlastLinear
 from blast_search.plan import Choices
 from blast_search.space import Candidate, LayerSpec
+from blast_search.structured import Structure, empty_layer, fit_structure
 
 CACHE_BYTES = 600 << 20
 SEARCH_SWEEPS = 10  # enough to rank candidates; final factors get factorize.SWEEPS
@@ -64,14 +64,12 @@ class Fitter:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        factors = factorize(
-            dense_weight(self.dense[name]),
-            candidate.num_blocks,
-            candidate.rank,
-            self._grams.get(name),
-            sweeps,
-            self.basis(name),
-        )
+        weight, gram = dense_weight(self.dense[name]), self._grams.get(name)
+        if isinstance(candidate, Structure):
+            factors = fit_structure(weight, candidate, gram)
+        else:
+            b, r = candidate.num_blocks, candidate.rank
+            factors = factorize(weight, b, r, gram, sweeps, self.basis(name))
         self._cache[key] = factors
         self._cached_bytes += _size(factors)
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
@@ -83,7 +81,7 @@ class Fitter:
         linear = self.dense[name]
         if candidate.is_dense:
             return linear
-        layer = BlastLinear.empty_like(linear, candidate.num_blocks, candidate.rank)
+        layer = empty_layer(linear, candidate)
         layer.set_factors(self.factors(name, candidate, sweeps))
         return layer
 

@@ -14,10 +14,10 @@ from blast_search.batches import call_model, to_device
 from blast_search.errors import IncompatibleInputError
 from blast_search.latency import MIN_ROUNDS, interleave, synchronizer
 from blast_search.layers import Workload, get_modules, set_modules, stubs
-from blast_search.matrix import BlastLinear
 from blast_search.modes import timed_call
 from blast_search.plan import Choices
 from blast_search.space import LayerSpec
+from blast_search.structured import empty_layer
 
 MODEL_ROUNDS = 60
 
@@ -49,11 +49,7 @@ def untrained(
 ) -> dict[str, nn.Module]:
     """Modules of a plan with random factors, to be timed: values do not change the time."""
     dense = get_modules(model, layers)
-    return {
-        name: BlastLinear.empty_like(dense[name], c.num_blocks, c.rank)
-        for name, c in plan.items()
-        if not c.is_dense
-    }
+    return {name: empty_layer(dense[name], c) for name, c in plan.items() if not c.is_dense}
 
 
 def time_variants(

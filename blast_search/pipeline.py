@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,28 +90,44 @@ def search(
         InfeasibleBudgetError: no plan meets the budgets; the nearest one is in plan.json.
         UsageError, IncompatibleInputError, RunLockedError: see blast_search.errors.
     """
-    from blast_search.tasks import load_task
-
     space_name = space.name if isinstance(space, SearchSpace) else str(space or "default")
     settings = Settings(
         task if isinstance(task, str) else task.name, budget, budget_scope, max_drop, space_name,
         workload, device, dtype, mode, profile, storage, trials, time_limit, retrain_steps, seed,
     )  # fmt: skip
     settings.check()
+    with opened(settings, task, space, out, resume, workers, ray_address, report) as pipeline:
+        return pipeline.run()
+
+
+@contextmanager
+def opened(
+    settings: Settings,
+    task: Task | str,
+    space: SearchSpace | str | Path | None,
+    out: str | Path | None,
+    resume: bool,
+    workers: str,
+    ray_address: str | None,
+    report: Reporter,
+) -> Iterator[Pipeline]:
+    """A pipeline in its locked run folder, new or resumed; nothing is written for bad input."""
+    from blast_search.tasks import load_task
+
     resolve(workers)
     loaded = load_task(task) if isinstance(task, str) else task
-    chosen = space if isinstance(space, SearchSpace) else load_space(space_name)
+    chosen = space if isinstance(space, SearchSpace) else load_space(settings.space)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(out) if out else Path("results") / f"{loaded.name}-{stamp}"
     if not resume:
-        prepared = prepare(loaded, settings, chosen)  # nothing is written for bad input
+        prepared = prepare(loaded, settings, chosen)
     stored = start_folder(folder, resume, asdict(settings))
     with locked(folder):
         if resume:
-            settings = Settings(**stored)
+            settings = type(settings)(**stored)
             settings.check()
             prepared = prepare(loaded, settings, chosen)
-        return Pipeline(folder, settings, prepared, workers, ray_address, report).run()
+        yield Pipeline(folder, settings, prepared, workers, ray_address, report)
 
 
 class Pipeline:
@@ -142,6 +160,15 @@ class Pipeline:
         return FOREVER if limit is None else Deadline(self.started + 30 * limit)
 
     def run(self) -> Run:
+        plan, points, model, error = Finish(self, self.measured()).run()
+        write_front(self.folder, points)
+        write_report(self.folder)
+        if error:
+            raise error
+        return Run(self.folder, plan, pareto(points), model)
+
+    def measured(self) -> Engine:
+        """Everything that is measured before the search: cells, probes, the dense metric."""
         p, say = self.prepared, self.report.say
         write_json(
             self.folder / "layers.json",
@@ -164,12 +191,7 @@ class Pipeline:
             self.records.once("metric", "dense", "dense", lambda: evaluate(p.task, p.model))
         )
         say(f"dense model: {p.task.metric[0]} {self.dense_metric:.4f}")
-        plan, points, model, error = Finish(self, engine).run()
-        write_front(self.folder, points)
-        write_report(self.folder)
-        if error:
-            raise error
-        return Run(self.folder, plan, pareto(points), model)
+        return engine
 
     def profiler(self, table: LatencyTable) -> Profiler:
         return Profiler(self.prepared, table, self.workers, self.ray_address, self.report)

@@ -19,6 +19,7 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task
 from blast_search.matrix import BlastLinear
 from blast_search.progress import SILENT, Reporter
+from blast_search.structured import StructuredLinear
 
 DEFAULT_STEPS = 300
 DEFAULT_LEARNING_RATE = 1e-3
@@ -31,7 +32,8 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     for module in model.modules():
         norm = "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, BlastLinear) or norm or name == "bias":
+            factors = isinstance(module, BlastLinear | StructuredLinear)
+            if factors or norm or name == "bias":
                 chosen[id(parameter)] = parameter
     return list(chosen.values())
 

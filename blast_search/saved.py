@@ -34,6 +34,7 @@ from blast_search.layers import inventory
 from blast_search.model_latency import time_variants
 from blast_search.plan import FrontPoint, LayerPlan, Plan
 from blast_search.progress import Reporter
+from blast_search.refresh import refresh as refresh_model
 from blast_search.retrain import retrain as retrain_model
 from blast_search.settings import DTYPES, pick_device
 from blast_search.space import Call, LayerSpec, SearchSpace, ties_of
@@ -175,7 +176,13 @@ def _factory(spec: str) -> Callable[[], nn.Module]:
         raise UsageError(f"--model {spec}: {error}. Expected pkg.module:function.") from error
     if not callable(function):
         raise UsageError(f"--model {spec} is not a function that returns the dense model.")
-    return function  # type: ignore[no-any-return]
+
+    def build() -> nn.Module:
+        if not isinstance(dense := function(), nn.Module):
+            raise UsageError(f"--model {spec} returned {type(dense).__name__}, expected a Module.")
+        return dense
+
+    return build
 
 
 def apply(
@@ -184,20 +191,44 @@ def apply(
     """Build the compressed model of a plan; the task's calibration data shape its factors."""
     plan = Plan.load(plan_path)
     make_folder(out)
-    if model:
-        dense = _factory(model)()
-        calibration = list(load_task(task).calibration()) if task else None
-        if calibration is None:
-            report.say("no --task: factors without calibration data, which costs quality.")
-    else:
-        loaded = _task_of(plan, task)
-        dense, calibration = loaded.model(), list(loaded.calibration())
-    if not isinstance(dense, nn.Module):
-        raise UsageError(f"--model {model} returned {type(dense).__name__}, expected a Module.")
-    built = apply_plan(dense, plan, calibration)
+    factory, calibration = _dense(plan, task, model, report)
+    built = apply_plan(factory(), plan, calibration)
     save(built, out)
     report.say(f"{out}: {sum(not c.is_dense for c in plan.choices.values())} layers replaced")
     return {"folder": str(out), "layers": {n: c.key for n, c in plan.choices.items()}}
+
+
+def refresh(
+    folder: Path, task: str | None, model: str | None, out: Path | None, report: Reporter
+) -> dict[str, Any]:
+    """The plan of a saved model on an updated dense checkpoint, from the old factors."""
+    plan = Plan.load(folder)
+    factory, calibration = _dense(plan, task, model, report)
+    built, errors = refresh_model(folder, factory, calibration, report)
+    save(built, out or folder)
+    before, after = (
+        sum(getattr(e, key) for e in errors.values()) / max(len(errors), 1)
+        for key in ("before", "after")
+    )
+    report.say(
+        f"{out or folder}: {len(errors)} layers fitted again; mean relative error {before:.4f} "
+        f"with the old factors, {after:.4f} now. Not retrained and not measured yet: "
+        "`blast-search retrain` and `verify` it."
+    )
+    values = {name: asdict(e) for name, e in errors.items()}
+    return {"folder": str(out or folder), "relative_errors": values}
+
+
+def _dense(
+    plan: Plan, task: str | None, model: str | None, report: Reporter
+) -> tuple[Callable[[], nn.Module], list[Any] | None]:
+    """What builds the dense model (--model, else the task), and the task's calibration data."""
+    if not model:
+        loaded = _task_of(plan, task)
+        return loaded.model, list(loaded.calibration())
+    if task is None:
+        report.say("no --task: factors without calibration data, which costs quality.")
+    return _factory(model), list(load_task(task).calibration()) if task else None
 
 
 def retrain(

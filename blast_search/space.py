@@ -33,6 +33,10 @@ class Candidate:
         """Short name used in tables: "dense" or, for instance, "b4r128"."""
         return "dense" if self.is_dense else f"b{self.num_blocks}r{self.rank}"
 
+    def params(self, m: int, n: int) -> int:
+        """Parameters of an m x n weight (bias excluded): m n, or r (m + n + b^2)."""
+        return m * n if self.is_dense else self.rank * (m + n + self.num_blocks**2)
+
     @classmethod
     def from_key(cls, key: str) -> Candidate:
         if key == "dense":
@@ -78,11 +82,8 @@ class LayerSpec:
         return ".".join(part for part in self.name.split(".") if not part.isdecimal())
 
     def params(self, candidate: Candidate) -> int:
-        """Weight parameters (bias excluded): m n, or r (m + n + b^2)."""
-        m, n = self.shape
-        if candidate.is_dense:
-            return m * n
-        return candidate.rank * (m + n + candidate.num_blocks**2)
+        """Weight parameters (bias excluded)."""
+        return candidate.params(*self.shape)
 
     def macs(self, candidate: Candidate) -> float:
         """Multiply-adds per model call, weighted over workloads; one per parameter and token."""

@@ -6,11 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from blast_search import BlastLinear
+from blast_search import BlastLinear, Candidate
 from blast_search.gram import cut, regularised
 from blast_search.matrix import to_dense
+from blast_search.retrain import trainable_parameters
+from blast_search.structured import (
+    CPU_CHUNK,
+    BlockDiagonal,
+    Monarch,
+    diagonal_choice,
+    empty_layer,
+    fit_structure,
+    monarch_choice,
+)
 from blast_search.structures import Structured, block_diagonal, low_rank, monarch
 
 
@@ -111,3 +122,62 @@ def test_refusals():
         block_diagonal(torch.randn(9, 8), 2)
     with pytest.raises(ValueError, match="block_rank=0"):
         monarch(torch.randn(8, 8), 2, 0)
+
+
+CANDIDATES = [BlockDiagonal(1, 0), BlockDiagonal(4, 0), Monarch(1, 3), Monarch(4, 2)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda c: c.key)
+def test_native_layers_compute_the_structure(candidate, m, n, bias):
+    """With and without gradients (two code paths), above one chunk of tokens, any batch shape."""
+    linear = nn.Linear(n, m, bias)
+    factors = fit_structure(linear.weight.detach(), candidate, gram_of(n))
+    layer = empty_layer(linear, candidate).set_factors(factors)
+    weight = to_dense(factors.U, factors.S, factors.V)
+    for shape in ((3, n), (2, 5, n), (CPU_CHUNK + 3, n), (n,)):
+        x = torch.randn(shape)
+        wanted = nn.functional.linear(x, weight, linear.bias)
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-4)
+    strided = torch.randn(6, 2 * n)[:, ::2]
+    with torch.no_grad():
+        wanted = nn.functional.linear(strided, weight, linear.bias)
+        torch.testing.assert_close(layer(strided), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda c: c.key)
+def test_native_layers_count_train_and_save(candidate):
+    linear = nn.Linear(32, 24)
+    layer = empty_layer(linear, candidate)
+    assert sum(p.numel() for n, p in layer.named_parameters() if n != "bias") == candidate.params(
+        24, 32
+    )
+    x = torch.randn(7, 32)
+    with FlopCounterMode(display=False) as counter:
+        y = layer(x)
+    assert counter.get_total_flops() == 2 * 7 * candidate.params(24, 32)
+    y.square().sum().backward()
+    chosen = {id(p) for p in trainable_parameters(nn.Sequential(layer))}
+    assert chosen == {id(p) for p in layer.parameters()}
+    assert all(p.grad is not None and bool(p.grad.any()) for p in layer.parameters())
+    again = empty_layer(linear, candidate)
+    again.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        assert torch.equal(layer(x), again(x))
+    double = empty_layer(linear.double(), candidate)
+    assert torch.autograd.gradcheck(double, torch.randn(3, 32).double().requires_grad_())
+
+
+def test_choices_of_uniform_structures():
+    assert diagonal_choice(24, 32, 5) is None
+    assert monarch_choice(24, 32, 5, 0.5, 8) is None
+    assert monarch_choice(24, 32, 2, 0.99, 1) is None  # saves nothing
+    sizes = [monarch_choice(384, 1536, 4, k, 8).params(384, 1536) for k in (0.1, 0.3, 0.5)]
+    assert [s / (384 * 1536) for s in sizes] == pytest.approx([0.1, 0.3, 0.5], rel=0.1)
+    assert monarch_choice(384, 1536, 4, 0.3, 8).rank % 2 == 0
+    keys = {c.key for c in (Candidate(4, 2), Monarch(4, 2), BlockDiagonal(4, 0))}
+    assert len(keys) == 3  # measurements are filed under these
+    assert Candidate(4, 2) != Monarch(4, 2)

@@ -1,0 +1,49 @@
+"""What the verbs of the command line share: options, progress, JSON output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blast_search.progress import Reporter
+
+TaskOption = Annotated[str, typer.Option(help="Built-in task, or pkg.module:function.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+SpaceOption = Annotated[str, typer.Option(help="Search space: a shipped name or a YAML file.")]
+WorkloadOption = Annotated[
+    str | None, typer.Option(help="[NAME:]BATCHxLENGTH[@WEIGHT],... instead of the task's own.")
+]
+ModeOption = Annotated[str, typer.Option(help="Timed calls: eager, compiled or cuda-graph.")]
+ProfileOption = Annotated[
+    str, typer.Option("--profile", help="full, or pruned: only cells that could be chosen.")
+]
+WorkersOption = Annotated[str, typer.Option(help="auto, ray or local.")]
+AddressOption = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
+BudgetOption = Annotated[float | None, typer.Option(help="Share of dense latency left, 0.3.")]
+TrialsOption = Annotated[int, typer.Option(help="Optuna trials.")]
+StepsOption = Annotated[
+    int | None, typer.Option(help="Default: the task's recipe; 0: no retraining.")
+]
+OutOption = Annotated[Path | None, typer.Option(help="Run folder (default: results/<run>).")]
+ResumeOption = Annotated[Path | None, typer.Option(help="Continue the run in this folder.")]
+PlanTaskOption = Annotated[str | None, typer.Option(help="Default: the plan's own task.")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="pkg.module:function that returns the dense model.")
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
+
+
+def reporter(quiet: bool, verbose: bool = False) -> Reporter:
+    return Reporter(0 if quiet else 2 if verbose else 1)
+
+
+def emit(value: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(value, indent=1))

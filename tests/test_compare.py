@@ -1,0 +1,239 @@
+"""compare: every kind of plan in one table, at equal measured latency, and nothing hidden."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toy import Net, ToyTask
+
+from blast_search import cli, closed_loop, contenders, decision, engine
+from blast_search.compare import compare
+from blast_search.comparison import FIELDS, Comparison, Interval, Row
+from blast_search.contenders import climb
+from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.latency import Timing
+from blast_search.progress import SILENT
+from blast_search.space import SearchSpace
+
+SPACE = SearchSpace(name="default", num_blocks=(1, 2), keep=(0.1, 0.3, 0.6))
+OPTIONS = {"space": SPACE, "workers": "local", "trials": 1, "retrain_steps": 2, "seeds": 2}
+KINDS = [
+    "dense", "uniform low rank", "block-diagonal", "Monarch", "uniform BLAST", "exact plan",
+    "full search",
+]  # fmt: skip
+
+
+class Shallow(ToyTask):
+    def model(self) -> Net:
+        state = torch.random.get_rng_state()
+        torch.manual_seed(0)
+        model = Net(depth=1).eval()
+        torch.random.set_rng_state(state)
+        return model
+
+
+def shallow() -> Shallow:
+    return Shallow()
+
+
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch):
+    """Real timings, of the least number of rounds."""
+    for module in (closed_loop, contenders):
+        monkeypatch.setattr(module, "TIMING_SECONDS", 0.1)
+    for module in (decision, contenders):
+        monkeypatch.setattr(module, "FINAL_SECONDS", 0.1)
+    monkeypatch.setattr(engine, "FRONT_BUDGETS", (0.5,))
+
+
+def count_evaluations(monkeypatch) -> list[str]:
+    calls: list[str] = []
+    real = Shallow.evaluate
+    monkeypatch.setattr(
+        Shallow, "evaluate", lambda self, model: calls.append("evaluate") or real(self, model)
+    )
+    return calls
+
+
+def test_one_table_and_resume_repeats_nothing(tmp_path: Path, monkeypatch):
+    calls = count_evaluations(monkeypatch)
+    out = tmp_path / "c"
+    result = compare(Shallow(), 0.9, out=out, **OPTIONS)
+    assert [row.name for row in result.rows] == KINDS
+    for row in result.rows[1:]:
+        assert len(row.after) == 2
+        assert row.within == (row.layer_ratio <= 0.9)
+        assert 0 < row.macs_ratio <= 1
+    sizes = {row.name: row.params_ratio for row in result.rows}
+    assert sizes["block-diagonal"] < 0.6  # b >= 2, and a small head that stays dense
+    assert len(result.verdicts) >= 5
+    rows = list(csv.DictReader((out / "compare.csv").open()))
+    assert tuple(rows[0]) == FIELDS
+    assert [row["contender"] for row in rows] == KINDS
+    assert all(name in (out / "compare.md").read_text() for name in KINDS)
+    stored = json.loads((out / "compare.json").read_text())
+    assert stored["seeds"] == 2
+    plans = {json.dumps(row.choices) for row in result.rows[1:]}
+    assert len(calls) <= 1 + len(plans) * 3  # equal plans share what is measured
+    before, done = (out / "measured.csv").read_text(), len(calls)
+    again = compare(Shallow(), 0.9, out=out, resume=True, **OPTIONS)
+    assert again.rows == result.rows
+    assert len(calls) == done
+    assert (out / "measured.csv").read_text() == before
+    # A kill in the last stage: only the lost retraining is repeated.
+    kept = before.splitlines()
+    (out / "measured.csv").write_text("\n".join(kept[:-1]) + "\n")
+    third = compare(Shallow(), 0.9, out=out, resume=True, **OPTIONS)
+    assert third.rows == result.rows
+    assert len(calls) == done + 1
+
+
+def test_structures_out_of_reach_are_shown_over_the_budget(tmp_path: Path):
+    """At a budget far below what any kind reaches, the fastest ones are shown and marked."""
+    result = compare(Shallow(), 0.001, out=tmp_path / "c", **OPTIONS | {"retrain_steps": 0})
+    assert [row.name for row in result.rows] == KINDS
+    assert not any(row.within for row in result.rows[1:])
+    text = (tmp_path / "c" / "compare.md").read_text()
+    assert text.count("(over)") == 1 + len(KINDS[1:])
+    assert all("no comparison at equal latency" in v for v in result.verdicts)
+    assert "No retraining." in text
+
+
+def test_extra_contenders_take_part(tmp_path: Path):
+    seen = {}
+
+    def extra(engine, target, evaluations):
+        seen.update(target=target, evaluations=evaluations)
+        return {"mine": contenders.best_of(engine, "mine", [contenders.uniform_ladder(engine, 2)],
+                                           target)}  # fmt: skip
+
+    options = OPTIONS | {"retrain_steps": 0}
+    result = compare(Shallow(), 0.9, out=tmp_path / "c", extra=extra, **options)
+    assert result.rows[-1].name == "mine"
+    assert seen["target"] == 0.9
+    assert seen["evaluations"] == result.facts["loss_evaluations_of_the_search"] > 1
+
+
+def fake_engine(latency, sizes):
+    """An engine whose clock is a function of a plan's size."""
+    layer = SimpleNamespace(name="a", params=lambda c: 1.0 if c.is_dense else c.size)
+
+    def time(name, plans, seconds):
+        fake.timed.append(name)
+        (choices,) = plans.values()
+        return [SimpleNamespace(ratio_layers=latency(choices["a"].size))]
+
+    fake = SimpleNamespace(
+        layers=[layer], timed=[], time=time,
+        measured_ratio=lambda choices, timing: timing.ratio_layers,
+        report=SILENT,
+    )  # fmt: skip
+    ladder = [{"a": SimpleNamespace(size=s, is_dense=False)} for s in sizes]
+    return fake, ladder
+
+
+@pytest.mark.parametrize("overhead", [0.0, 0.1, 0.25])
+@pytest.mark.parametrize("count", [1, 2, 5, 80])
+def test_climbing_finds_the_largest_plan_within_the_target(overhead, count):
+    sizes = [1 - (i + 1) / (count + 1) for i in range(count)]
+    latency = lambda size: overhead + 1.2 * size  # noqa: E731
+    fake, ladder = fake_engine(latency, sizes)
+    found = climb(fake, "x", ladder, 0.5)
+    within = [s for s in sizes if latency(s) <= 0.975 * 0.5]
+    size = found.choices["a"].size
+    if within:
+        assert found.feasible
+        assert latency(size) >= 0.94 * 0.975 * 0.5 or size == within[0]
+    else:
+        assert size == sizes[-1]
+        assert found.feasible == (latency(size) <= 0.5)
+    assert len(fake.timed) <= contenders.CLIMB_ROUNDS
+
+
+def timing(ratio: float) -> Timing:
+    pair = (ratio, ratio)
+    return Timing(1, 1, 1, 9, (1, 1), 1, 0.1, ratio, pair, ratio, pair)
+
+
+def comparison(higher: bool, search: Row, *others: Row) -> Comparison:
+    facts = {"seeds": 3, "retrain_steps": 1, "budget": 0.5}
+    return Comparison(Path(), "m", higher, facts, [*others, search])
+
+
+def row(name: str, after: tuple[float, ...], ratio: float = 0.5, **choices: str) -> Row:
+    return Row(name, "", ratio <= 0.5, 0.1, after, timing(ratio), choices=choices or {"a": name})
+
+
+def test_wins_ties_and_losses_are_called_by_name():
+    search = row("full search", (0.50, 0.51, 0.52))
+    others = [
+        row("uniform low rank", (0.40, 0.42, 0.41)),
+        row("Monarch", (0.60, 0.61, 0.625)),
+        row("uniform BLAST", (0.50, 0.52, 0.50)),
+        row("block-diagonal", (0.9, 0.9, 0.9), 0.6),
+        row("exact plan", (0.5, 0.5, 0.5), a="full search"),
+    ]
+    words = ["a win", "a loss", "a tie", "over the budget", "the same plan"]
+    for text, other, word in zip(
+        comparison(True, search, *others).verdicts, others, words, strict=False
+    ):
+        assert text.startswith(other.name)
+        assert word in text
+    flipped = comparison(False, search, *others).verdicts
+    assert "a loss" in flipped[0]
+    assert "a win" in flipped[1]
+    one = comparison(True, row("full search", (0.5,)), row("Monarch", (0.6,)))
+    assert one.verdicts == ["Monarch: a loss, m 0.1 worse; no interval from one value."]
+    better = comparison(True, search, row("uniform BLAST", (0.7, 0.7, 0.7)))
+    assert "would keep the uniform BLAST plan" in better.verdicts[-1]
+
+
+def test_interval_of_students_t():
+    found = Interval.of([1.0, 2.0, 3.0])
+    assert found.mean == 2
+    assert found.ci95 == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)  # 4.3027 / sqrt 3
+    assert Interval.of([5.0]).ci95 is None
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as leave:
+        cli.main(list(arguments))
+    return int(leave.value.code or 0)
+
+
+def test_the_verb(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("s.yaml").write_text("num_blocks: [1, 2]\nkeep: [0.1, 0.4]\n")
+    base = ["compare", "--task", f"{__name__}:shallow", "--workers", "local", "--space", "s.yaml"]
+    assert call(*base) == 2
+    assert "give --budget" in capsys.readouterr().err
+    assert call(*base, "--budget", "0.5", "--seeds", "0") == 2
+    assert call(*base, "--resume", "nowhere") == 2
+    assert not Path("results").exists()
+    few = ["--budget", "0.9", "--trials", "0", "--retrain-steps", "0", "--out", "c"]
+    capsys.readouterr()
+    assert call(*base, *few, "--json", "-q") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in value["rows"]] == KINDS
+    assert call("compare", "--resume", "c", "--budget", "0.5", "-q") == 2
+    assert "budget cannot change" in capsys.readouterr().err
+    assert call("--resume", "c", "-q") == 4  # a comparison is no search
+    assert call("compare", "--resume", "c") == 0
+    shown = capsys.readouterr().out
+    assert "The search against uniform low rank" in shown
+    assert "Monarch" in shown
+
+
+def test_refusals(tmp_path: Path):
+    with pytest.raises(UsageError, match="seeds is 0"):
+        compare(Shallow(), 0.5, 0, out=tmp_path / "x")
+    with pytest.raises(UsageError, match="budget is 2"):
+        compare(Shallow(), 2, out=tmp_path / "x")
+    with pytest.raises(IncompatibleInputError, match="divides none"):
+        compare(Shallow(), 0.5, space=SearchSpace(num_blocks=(7,)), out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
