@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
 from ray import tune
-from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 
 from blast_search.cluster import RESOURCE, Places, describe
@@ -25,6 +28,7 @@ from blast_search.tables import Cell, Measurement
 from blast_search.workers import Measure, OnResult, attempt
 
 ON_RESULT: Any = None  # set by the driver before the run
+RAISED: list[Exception] = []  # by the driver's part of this run
 MAX_FAILURES = 2  # a cell gets three workers before it counts as failed
 
 
@@ -62,18 +66,29 @@ class Record(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: Any, **info: Any
     ) -> None:
-        if other := result.get("other_device"):
-            raise BlastSearchError(
-                f"a worker on {result['node_ip']} has {other}, not the device that this run "
-                f"measures. Leave such nodes out with {RESOURCE} (docs/clusters.md)."
-            )
-        measured = result["measured"]
-        ON_RESULT(trial.config["cell"], measured and Measurement(**measured), result["status"])
+        try:
+            if other := result.get("other_device"):
+                raise BlastSearchError(
+                    f"a worker on {result['node_ip']} has {other}, not the device that this run "
+                    f"measures. Leave such nodes out with {RESOURCE} (docs/clusters.md)."
+                )
+            measured = result["measured"]
+            ON_RESULT(trial.config["cell"], measured and Measurement(**measured), result["status"])
+        except Exception as error:
+            RAISED.append(error)  # Tune makes a text of it
+            raise
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        ON_RESULT(trial.config["cell"], None, "failed: the worker died each time")
+        ON_RESULT(trial.config["cell"], None, f"failed: the worker died each time{_cause(trial)}")
+
+
+def _cause(trial: Trial) -> str:
+    """The last Python error in Tune's log of the trial's failures, if there is one."""
+    text = Path(trial.error_file).read_text() if trial.error_file else ""
+    errors = re.findall(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception): .+)$", text, re.M)
+    return f" ({errors[-1][:150]})" if errors else ""
 
 
 def run(
@@ -86,6 +101,7 @@ def run(
     """Measure cells as trials of Tune, one whole device each, in an attached Ray."""
     global ON_RESULT
     ON_RESULT = on_result
+    RAISED.clear()
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its snapshots are never read
     # Tune logs the traceback of every worker that dies; the table's status column says it shorter.
@@ -96,7 +112,7 @@ def run(
     )
     with tempfile.TemporaryDirectory(prefix="blast-search-tune-") as folder, ExitStack() as stack:
         stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        Tuner(
+        tuner = Tuner(
             tune.with_resources(CellTrainable, device),
             param_space={
                 "cell": tune.grid_search(list(cells)),
@@ -108,7 +124,16 @@ def run(
             run_config=RunConfig(
                 storage_path=folder,
                 verbose=0,
+                # By default Tune saves each trial's end, which needs a file system that all nodes
+                # share; there is nothing to save.
+                checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
                 callbacks=[Record()],
             ),
-        ).fit()
+        )
+        try:
+            tuner.fit()
+        except TuneError:
+            if RAISED:
+                raise RAISED[0] from None
+            raise

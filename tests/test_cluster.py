@@ -110,7 +110,8 @@ def test_every_cell_once_though_a_node_and_workers_die(nodes: Cluster, tmp_path,
     # Each cell arrived once and is on file once, the deadly one as a failure.
     assert {c: len(s) for c, s in arrived.items()} == {c.in_features: 1 for c in cells}
     failed = {c: s for c, [s] in arrived.items() if s != "ok"}
-    assert failed == {DEADLY: "failed: the worker died each time"}
+    assert set(failed) == {DEADLY}
+    assert failed[DEADLY].startswith("failed: the worker died each time")
     again = LatencyTable.open(tmp_path / "latency.csv", table.device)
     assert set(again.cells) == set(cells)
     assert len((tmp_path / "latency.csv").read_text().splitlines()) == 1 + len(cells)
