@@ -65,8 +65,8 @@ def _additivity(plan: Plan) -> str:
     text = (
         f"Additivity: on {show(pick(found, 'plans'), '.0f')} random plans near the budget, the "
         "sum of predicted layer scores ranks the measured loss with a rank correlation of "
-        f"{rank:.2f} (1 is perfect) and a slope of {show(pick(found, 'slope'), '.2f')} (1 means that scores "
-        "simply add up)."
+        f"{rank:.2f} (1 is perfect) and a slope of {show(pick(found, 'slope'), '.2f')} (1 means "
+        "that scores simply add up)."
     )
     fitted = number(pick(found, "fitted_rank_correlation"))
     if fitted is None:
