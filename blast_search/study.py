@@ -15,6 +15,7 @@ over what the others have finished before it samples its next trial.
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from blast_search.errors import BlastSearchError, MissingDependencyError
 from blast_search.space import LayerSpec
 
+OPENINGS = 4  # attempts to open a database
 RANGE = 1.5  # log2: a factor of up to 2.8 either way
 MAX_TYPES = 8
 DEPTH_BINS = 3
@@ -100,13 +103,9 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        minimize = optuna.study.StudyDirection.MINIMIZE
         self.parameters, self.worker, self.seed = list(parameters), storage.worker, seed
-        self._stored = optuna.create_study(
-            study_name=storage.study, storage=storage.url, directions=[minimize] * 2,
-            load_if_exists=True,
-        )  # fmt: skip
-        self._study = optuna.create_study(directions=[minimize] * 2)
+        self._stored = _open(storage)
+        self._study = optuna.create_study(directions=["minimize"] * 2)
         self._seen: set[Any] = set()
         self.sync()
 
@@ -155,6 +154,40 @@ class Study:
                 self._study.tell(trial, [fmean(outcome.losses), outcome.ratio])
         self._stored.add_trial(self.trials[-1])
         self._seen.add(f"{self.worker}#{trial.number}")
+
+
+def _open(storage: Storage) -> Any:
+    """The stored study, created where there is none.
+
+    Raises:
+        MissingDependencyError: the database's driver is not installed.
+        BlastSearchError: the database cannot be used.
+    """
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for attempt in range(OPENINGS):
+        try:
+            return optuna.create_study(
+                study_name=storage.study, storage=storage.url, directions=["minimize"] * 2,
+                load_if_exists=True,
+            )  # fmt: skip
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"the driver of --storage is not installed ({error}): for PostgreSQL, "
+                "pip install 'blast-search[cluster]'."
+            ) from error
+        except (SQLAlchemyError, ValueError) as error:
+            # Runs that open an empty database together race for the creation of its tables.
+            if isinstance(error, ValueError) or attempt + 1 == OPENINGS:
+                where = storage.url.rpartition("@")[2]  # without user and password
+                raise BlastSearchError(
+                    f"--storage: the database {where} cannot be used "
+                    f"({' '.join(str(error).split())[:200]}). Expected a URL like "
+                    "postgresql+psycopg2://user@host/database, and a server that answers."
+                ) from error
+            time.sleep(0.3 * (attempt + 1))
+    raise AssertionError("the loop returns or raises")
 
 
 def worker_of(trial: Any) -> str:

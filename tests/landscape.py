@@ -1,0 +1,93 @@
+"""A model made of numbers: known true losses that the scores misjudge, for tests of the search.
+
+Hidden factors by layer type, by depth and by layer, and an interaction: the loss grows faster than
+the sum.  It stands where the search needs an Engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from blast_search import solver
+from blast_search.plan import Choices
+from blast_search.runfolder import digest
+from blast_search.space import DENSE, Call, Candidate, LayerSpec
+from blast_search.tables import Option, Score
+
+TYPES = ("q", "k", "v", "o", "up", "down")
+
+
+class Silent:
+    def stage(self, _name: str, _total: int) -> Any:
+        return nullcontext(lambda: None)
+
+    def say(self, _text: str) -> None: ...
+
+
+class Landscape:
+    def __init__(self, seed: int, blocks: int = 6, hidden: float = 1.0, single: float = 0.3):
+        rng = np.random.default_rng(seed)
+        self.layers = [
+            LayerSpec(f"h.{i}.{kind}", 64, 64, True, (Call(16),))
+            for i in range(blocks) for kind in TYPES
+        ]  # fmt: skip
+        self.table: dict[str, list[Option]] = {}
+        by_type = dict(zip(TYPES, 2.0 ** rng.normal(0, hidden, len(TYPES)), strict=True))
+        by_depth = 2.0 ** rng.normal(0, hidden, blocks)
+        self.hidden = {}
+        for index, layer in enumerate(self.layers):
+            keep = np.linspace(0.08, 0.8, 9)
+            scale = 0.02 * np.exp(rng.normal(0, 0.7))
+            self.table[layer.name] = [Option(DENSE, 100.0, 0.0)] + [
+                Option(Candidate(1, 8 * (k + 1)), 100 * x, float(scale * (1 - x) ** 2))
+                for k, x in enumerate(keep)
+            ]
+            factor = by_type[layer.type_name.rpartition(".")[2]] * by_depth[index // len(TYPES)]
+            self.hidden[layer.name] = factor * 2.0 ** rng.normal(0, single)
+        self.by_key = {(n, o.candidate): o for n, items in self.table.items() for o in items}
+        self.dense_cost = 100.0 * len(self.layers)
+        self.batches = [0, 1, 2, 3]
+        self.batch_factors = 1 + 0.1 * rng.normal(0, 1, 4)
+        self.report, self.scorer = Silent(), self
+        self.additivity: dict[str, Any] = {}
+        self.tuning: dict[str, Any] = {}
+        self.judged: list[str] = []  # what was built, and batches seen
+        self.batches_seen = 0
+
+    def options(self) -> dict[str, list[Option]]:
+        return self.table
+
+    def score(self, layer: LayerSpec, candidate: Candidate) -> Score:
+        return Score(0.0, self.by_key[layer.name, candidate].loss)
+
+    def exact(self, ratio: float, weights: Any = None, gap: float = solver.GAP) -> Choices:
+        return solver.solve(self.table, ratio * self.dense_cost, weights, gap=gap).choices
+
+    def predicted_ratio(self, choices: Choices) -> float:
+        return sum(self.by_key[n, c].cost_us for n, c in choices.items()) / self.dense_cost
+
+    def losses(
+        self,
+        _name: str,
+        choices: Choices,
+        count: int | None = None,
+        hopeless: Callable[[Sequence[float]], bool] | None = None,
+    ) -> list[float]:
+        total = sum(self.hidden[n] * self.by_key[n, c].loss for n, c in choices.items())
+        found: list[float] = []
+        self.judged.append(digest(choices))
+        for factor in self.batch_factors[:count]:
+            found.append(float(factor * (total + 0.5 * total**2)))
+            self.batches_seen += 1
+            if hopeless and len(found) < 4 and hopeless(found):
+                break
+        return found
+
+    def loss(self, choices: Choices) -> float:
+        return float(np.mean(self.losses("", choices)))
+
+    def note_point(self, *_: Any) -> None: ...

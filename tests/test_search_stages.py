@@ -1,0 +1,177 @@
+"""Additivity, fitted factors, trials and moves, on losses that are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from landscape import Landscape
+
+from blast_search import additivity, solver, study
+from blast_search.deadline import FOREVER, Deadline
+from blast_search.errors import BlastSearchError
+from blast_search.hull import grouped
+from blast_search.moves import moves
+from blast_search.space import Call, LayerSpec
+from blast_search.trials import Trials
+
+TARGET = 0.4
+
+
+def checked(world: Landscape) -> tuple[dict[str, float], dict[str, float]]:
+    built = [world.exact(TARGET)]
+    return additivity.check(world, TARGET, built, 0, FOREVER)  # type: ignore[arg-type]
+
+
+def test_random_plans_differ_and_use_the_budget():
+    world = Landscape(0)
+    plans = additivity.random_plans(world, TARGET, [world.exact(TARGET)], 0)  # type: ignore[arg-type]
+    assert len({tuple(p.items()) for p in plans}) == additivity.PLANS
+    ratios = [world.predicted_ratio(p) for p in plans]
+    assert max(ratios) <= TARGET
+    assert min(ratios) > 0.8 * TARGET
+
+
+def test_scores_that_add_up_are_not_called_poor():
+    world = Landscape(0, hidden=0.0, single=0.0)
+    values, replacing = checked(world)
+    assert world.additivity["rank_correlation"] > 0.99
+    assert not world.additivity["poor"]
+    assert replacing == {}
+    assert max(map(abs, values.values())) < 0.3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_poor_additivity_falls_back_to_fitted_factors_and_they_lower_the_loss(seed: int):
+    world = Landscape(seed, hidden=1.5)
+    _, replacing = checked(world)
+    found = world.additivity
+    assert found["plans"] >= 50
+    assert found["rank_correlation"] < additivity.POOR
+    assert found["fitted_rank_correlation"] > found["rank_correlation"] + additivity.CLEARLY
+    assert found["fallback"]
+    plain, fitted = world.exact(TARGET), world.exact(TARGET, replacing)
+    assert world.loss(fitted) < 0.95 * world.loss(plain)
+
+
+def test_time_bounds_the_random_plans():
+    world = Landscape(0)
+    values, replacing = additivity.check(world, TARGET, [], 0, Deadline(0.0))  # type: ignore[arg-type]
+    assert (values, replacing, world.additivity, world.judged) == ({}, {}, {}, [])
+
+
+def test_moves_keep_the_budget_and_change_one_layer_up_and_one_down():
+    world = Landscape(1)
+    choices = world.exact(TARGET)
+    groups = grouped(world.options())
+    found = list(moves(groups, choices, TARGET * world.dense_cost))
+    assert len(found) > 5
+    cost = world.predicted_ratio(choices)
+    for plan in found:
+        changed = [n for n in plan if plan[n] != choices[n]]
+        assert len(changed) == 2
+        deltas = [world.by_key[n, plan[n]].cost_us - world.by_key[n, choices[n]].cost_us
+                  for n in changed]  # fmt: skip
+        assert min(deltas) < 0 < max(deltas)
+        assert world.predicted_ratio(plan) <= TARGET
+    assert cost <= TARGET
+
+
+def test_moves_change_tied_layers_together():
+    world = Landscape(1)
+    ties = {ly.name: "t" for ly in world.layers if ly.name.endswith(".q")}
+    choices = solver.solve(world.options(), TARGET * world.dense_cost, ties=ties).choices
+    for plan in moves(grouped(world.options(), ties=ties), choices, TARGET * world.dense_cost):
+        assert len({plan[name] for name in ties}) == 1
+
+
+def run_trials(world: Landscape, path: Path, count: int, start: dict[str, float] | None = None):
+    storage = study.Storage(f"sqlite:///{path}")
+    trials = Trials(world, TARGET, storage, 0)  # type: ignore[arg-type]
+    return trials, trials.run(count, start or {}, FOREVER)
+
+
+def test_trials_start_from_the_exact_plan_lower_the_loss_and_resume(tmp_path: Path):
+    world = Landscape(2)
+    start, _ = checked(world)
+    trials, tuned = run_trials(world, tmp_path / "a.db", 12, start)
+    assert tuned is not None
+    first, second = trials.study.trials[:2]
+    assert set(first.params.values()) == {0.0}
+    assert second.params == pytest.approx(start)
+    assert first.user_attrs["losses"] == world.losses("", world.exact(0.975 * TARGET))
+    stages = [t.user_attrs["stage"] for t in trials.study.trials]
+    assert stages == ["weights"] * 9 + ["move"] * 3
+    assert world.loss(tuned.choices) == pytest.approx(world.tuning["best_loss"])
+    assert world.tuning["lowered_loss_by"] > 0.02
+    assert world.predicted_ratio(tuned.choices) <= TARGET
+    again = Landscape(2)
+    resumed, _ = run_trials(again, tmp_path / "a.db", 12, start)
+    assert again.judged == []
+    assert [t.params for t in resumed.study.trials] == [t.params for t in trials.study.trials]
+
+
+def test_a_stopped_study_goes_on_as_if_it_had_not_been(tmp_path: Path):
+    storage = [study.Storage(f"sqlite:///{tmp_path / name}.db") for name in ("whole", "parts")]
+
+    def outcome(values: dict[str, float]) -> study.Outcome:
+        loss = sum((v - 0.5) ** 2 for v in values.values())
+        return study.Outcome([loss], 0.3, -0.1, {"a": "dense"}, "weights", pruned=loss > 2)
+
+    whole = study.Study(["x", "y"], storage[0], 7)
+    for _ in range(6):
+        whole.run(outcome)
+    for _ in range(6):  # opened anew for every trial
+        study.Study(["x", "y"], storage[1], 7).run(outcome)
+    parts = study.Study(["x", "y"], storage[1], 7)
+    assert [t.params for t in parts.trials] == [t.params for t in whole.trials]
+    assert {t.state.name for t in whole.trials} == {"COMPLETE", "PRUNED"}
+
+
+def test_workers_take_over_each_others_trials_and_do_not_repeat_them(tmp_path: Path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    one, two = (study.Study(["x", "y"], study.Storage(url, "s", w), 0) for w in ("one", "two"))
+
+    def outcome(values: dict[str, float]) -> study.Outcome:
+        loss = sum((v - 0.5) ** 2 for v in values.values())
+        return study.Outcome([loss], 0.3, -0.1, {"a": "dense"}, "weights", False)
+
+    one.run(outcome, {})
+    for _ in range(3):  # neither knows the other's latest trial, both have the same number
+        assert one.sync() == two.sync()
+        one.run(outcome)
+        two.run(outcome)
+    assert one.sync() == two.sync() == 7
+    assert [study.worker_of(t) for t in two.trials].count("one") == 4
+    assert len({tuple(t.params.values()) for t in one.trials}) == 7
+
+
+def test_a_database_that_cannot_be_used_is_one_plain_line():
+    for url in ("nonsense", "sqlite:////nowhere/at/all/study.db"):
+        with pytest.raises(BlastSearchError, match=r"--storage: the database .* cannot be used"):
+            study.Study(["x"], study.Storage(url), 0)
+
+
+def test_hopeless_trials_are_given_up(tmp_path: Path):
+    world = Landscape(3, hidden=1.5)
+    trials, _ = run_trials(world, tmp_path / "s.db", 12)
+    pruned = [t for t in trials.study.trials if t.state.name == "PRUNED"]
+    complete = study.finished(trials.study.trials)
+    assert pruned
+    assert world.tuning["pruned"] == len(pruned)
+    for trial in pruned:
+        assert len(trial.user_attrs["losses"]) < 4
+        assert np.mean(trial.user_attrs["losses"]) > min(t.loss for t in complete)
+    assert world.batches_seen < 4 * len(world.judged)
+
+
+def test_interpolated_scales():
+    from blast_search.sensitivity import between, spread_over_depth
+
+    layers = [LayerSpec(f"h.{i}.{k}", 8, 8, True, (Call(1),)) for i in range(9) for k in "ab"]
+    chosen = [layer.name for layer in spread_over_depth(layers)]
+    assert chosen == [f"h.{i}.{k}" for k in "ab" for i in (1, 4, 7)]
+    scales = between(layers, {"h.1.a": 1.0, "h.4.a": 4.0, "h.7.a": 1.0, "h.4.b": 2.0})
+    assert [scales[f"h.{i}.a"] for i in range(9)] == [1, 1, 2, 3, 4, 3, 2, 1, 1]
+    assert {scales[f"h.{i}.b"] for i in range(9)} == {2.0}
