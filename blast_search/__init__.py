@@ -10,6 +10,7 @@ The pipeline, in order:
     solver       the exact choice per layer; study: Optuna, judged by the true loss
     engine       solve, build, measure, correct, until the measured budget holds
     apply        plan -> model; save and load, bit-exact
+    scratch      or: plan -> untrained model, and the learning rates that train it
     retrain      distillation from the dense model
     report       tables, the front as a picture, what it is worth
 """
@@ -21,6 +22,7 @@ from blast_search.factors import Factors  # isort: skip
 from blast_search.factorize import factorize, factorize_grid, factorize_many  # isort: skip
 from blast_search.plan import Plan  # isort: skip
 from blast_search.apply import apply, load, save  # isort: skip
+from blast_search.scratch import from_scratch, parameter_groups, uniform_plan  # isort: skip
 from blast_search.evaluate import Task, evaluate  # isort: skip
 from blast_search.retrain import retrain  # isort: skip
 from blast_search.pipeline import Run, search  # isort: skip
@@ -43,9 +45,12 @@ __all__ = [
     "factorize_grid",
     "factorize_many",
     "find_layers",
+    "from_scratch",
     "load",
     "load_space",
+    "parameter_groups",
     "retrain",
     "save",
     "search",
+    "uniform_plan",
 ]
