@@ -11,6 +11,7 @@ The pipeline, in order:
     engine       solve, build, measure, correct, until the measured budget holds
     apply        plan -> model; save and load, bit-exact
     refresh      the same plan on an updated checkpoint, from the old factors
+    scratch      or: plan -> untrained model, and the learning rates that train it
     retrain      distillation from the dense model
     report       tables, the front as a picture, what it is worth
 """
@@ -23,6 +24,7 @@ from blast_search.factorize import factorize, factorize_grid, factorize_many  # 
 from blast_search.plan import Plan  # isort: skip
 from blast_search.apply import apply, load, save  # isort: skip
 from blast_search.refresh import refresh  # isort: skip
+from blast_search.scratch import from_scratch, parameter_groups, uniform_plan  # isort: skip
 from blast_search.evaluate import Task, evaluate  # isort: skip
 from blast_search.retrain import retrain  # isort: skip
 from blast_search.pipeline import Run, search  # isort: skip
@@ -45,10 +47,13 @@ __all__ = [
     "factorize_grid",
     "factorize_many",
     "find_layers",
+    "from_scratch",
     "load",
     "load_space",
+    "parameter_groups",
     "refresh",
     "retrain",
     "save",
     "search",
+    "uniform_plan",
 ]

@@ -32,3 +32,7 @@ class RunLockedError(BlastSearchError):
 
 class SingularGramWarning(UserWarning):
     """A layer's Gram is singular in float32: too few calibration tokens, or dead inputs."""
+
+
+class FallbackWarning(UserWarning):
+    """Layers that cannot take the block count asked for, and what they get instead."""

@@ -12,6 +12,7 @@ Lee, Kwon, Qu, Kim: BLAST, NeurIPS 2024, arXiv 2410.21262, equations 1 to 3.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -51,14 +52,24 @@ def blast_matmul(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
     return (product.matmul if observed else product.eager)(x, u, s, v, bias)
 
 
+def _orthogonal(shape: Sequence[int], device: torch.device) -> Tensor:
+    """(k, rows, columns): k random matrices of orthogonal rows or columns, elements of rms 1."""
+    k, rows, columns = shape
+    long, short = max(rows, columns), min(rows, columns)
+    # In float32 whatever the layer's dtype: there is no bfloat16 QR.
+    tall = torch.randn(k, long, short, device=device, dtype=torch.float32)
+    q: Tensor = torch.linalg.qr(tall)[0] * long**0.5
+    return q if rows >= columns else q.mT
+
+
 class BlastLinear(nn.Module):
     """A drop-in for nn.Linear whose weight is a BLAST matrix.
 
     Parameters: r (m + n + b^2), and as many multiply-adds per token; plus m for the bias.
     Input (..., in_features), output (..., out_features).
 
-    A fresh layer is ready to train from scratch: its output variance equals nn.Linear's, and S
-    is random, because equal couplings would cap the matrix at rank r instead of b r.
+    A fresh layer is ready to train from scratch: see reset_parameters, and scratch.py for whole
+    models and learning rates.
 
     Raises:
         ValueError: num_blocks does not divide both sides, or rank < 1.
@@ -98,17 +109,30 @@ class BlastLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Var(A_kl) = 1 / (3 n), as nn.Linear's: r Var(U) Var(S) Var(V) with Var(S) = 1."""
-        std = (1 / (3 * self.in_features * self.rank)) ** 0.25
-        nn.init.normal_(self.U, std=std)
-        nn.init.normal_(self.V, std=std)
-        if self.num_blocks == 1:
-            nn.init.ones_(self.S)
-        else:
-            nn.init.normal_(self.S)
+        """Fresh values: Var(A_kl) = r E[U^2] E[S^2] E[V^2] = 1 / (3 n), as nn.Linear's.
+
+        All factors are random orthogonal matrices, scaled: every U_i, every V_j, and the b x b
+        couplings of each rank component.  So the variance hardly depends on the draw, A has rank
+        min(m, n, b r), which equal couplings would cap at r, and its singular values are more
+        even than those of a product of normal factors (whose largest is 1.6 to 2 times as large
+        at b = 4).  Measured against normal factors: results/scratch.
+        """
+        b, r = self.num_blocks, self.rank
+        with torch.no_grad():
+            for factor in (self.U, self.V):
+                factor.copy_(self._size * _orthogonal(factor.shape, factor.device))
+            if b == 1:
+                self.S.fill_(1)
+            else:
+                self.S.copy_(_orthogonal((r, b, b), self.S.device).permute(1, 2, 0))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
+
+    @property
+    def _size(self) -> float:
+        """Root mean square of U and of V in a fresh layer."""
+        return float((3 * self.in_features * self.rank) ** -0.25)
 
     @property
     def weight(self) -> Tensor:
@@ -157,13 +181,20 @@ class BlastLinear(nn.Module):
 
     @classmethod
     def empty_like(cls, linear: nn.Module, num_blocks: int, rank: int) -> Self:
-        """An unfitted layer with the shape, device, dtype, mode and bias of `linear`."""
+        """An unfitted layer with the shape, device, dtype, mode and bias of `linear`.
+
+        Its factors are placeholders (cheap to draw, of usual size); set_factors, load_state_dict
+        or reset_parameters gives them a meaning.
+        """
         from blast_search.layers import dense_weight
 
         weight = dense_weight(linear)
         m, n = weight.shape
         bias = linear.bias
-        layer = cls(n, m, num_blocks, rank, bias is not None, weight.device, weight.dtype)
+        layer = cls(n, m, num_blocks, rank, bias is not None, "meta", weight.dtype)
+        layer = layer.to_empty(device=weight.device)
+        for factor, std in ((layer.U, layer._size), (layer.S, 1), (layer.V, layer._size)):
+            nn.init.normal_(factor, std=std)
         if isinstance(bias, Tensor):
             with torch.no_grad():
                 layer.bias.copy_(bias)  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from blast_search import kernels
 
@@ -180,7 +181,10 @@ def macs(x_shape: Sequence[int], u_shape: Sequence[int], v_shape: Sequence[int])
 
 
 def _register_formulas() -> None:
-    """Teach PyTorch's FLOP counter the operators once it is in use (importing it is slow)."""
+    """Teach PyTorch's FLOP counter the operators once it is in use (importing it is slow).
+
+    A counter copies the formulas when it is made, so those that are counting now are told too.
+    """
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None or torch.ops.blast_search.matmul in counter.flop_registry:
         return
@@ -196,6 +200,12 @@ def _register_formulas() -> None:
         b, _, r = u
         again: int = math.prod(x[:-1]) * r * (b * v[1] + b * b)
         return 4 * macs(x, u, v) + 2 * again
+
+    for mode in _get_current_dispatch_mode_stack():
+        known = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if isinstance(known, dict):
+            for op in (ops.matmul, ops.matmul_backward):
+                known.setdefault(op, counter.flop_registry[op])
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], dict[str, int]]]:

@@ -248,13 +248,28 @@ def test_autocast_and_half_precision():
     torch.testing.assert_close(y.float(), wanted, rtol=0.05, atol=0.05)
 
 
-def test_fresh_layer_has_the_variance_of_a_linear_layer():
-    torch.manual_seed(1)
-    x = torch.randn(512, 256)
-    dense = nn.Linear(256, 512, bias=False)(x).var()
-    for b, r in ((1, 64), (4, 64), (8, 32)):
-        ratio = BlastLinear(256, 512, b, r, bias=False)(x).var() / dense
-        assert 0.8 < ratio < 1.25, (b, r, float(ratio))
+@pytest.mark.parametrize(("m", "n"), [(256, 256), (512, 128), (128, 512)])
+@pytest.mark.parametrize("b", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("keep", [0.1, 0.5])
+def test_fresh_layer_scales_signals_and_gradients_as_a_linear_layer(m, n, b, keep):
+    layer = BlastLinear(n, m, b, max(1, round(keep * m * n / (m + n + b * b))), bias=False)
+    x, gradient = torch.randn(512, n, requires_grad=True), torch.randn(512, m)
+    y = layer(x)
+    y.backward(gradient)
+    # nn.Linear: weights uniform in +-n^(-1/2), variance 1 / (3 n)
+    assert float(y.detach().var()) == pytest.approx(1 / 3, rel=0.12)
+    assert float(x.grad.var()) == pytest.approx(m / (3 * n), rel=0.12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fresh_layer_has_full_rank_and_even_rows(dtype):
+    layer = BlastLinear(128, 64, 4, 20, dtype=dtype)
+    dense = layer.to_dense().detach().double()
+    assert int(torch.linalg.matrix_rank(dense, rtol=1e-3)) == 64  # b r = 80
+    rows = dense.reshape(4, 16, 128).square().mean((1, 2)) * 3 * 128
+    assert rows.min() > 0.9
+    assert rows.max() < 1.1
+    assert BlastLinear(128, 64, 4, 20, device="meta").S.is_meta
 
 
 @pytest.mark.parametrize("trained", ["U", "S", "V", "bias"])
@@ -283,6 +298,19 @@ def test_impossible_layers_are_refused():
         BlastLinear(24, 12, 5, 3)
     with pytest.raises(ValueError, match="rank=0"):
         BlastLinear(24, 12, 4, 0)
+
+
+def test_the_first_count_of_a_process_sees_blast_layers():
+    code = (
+        "import torch, blast_search as bs\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    bs.BlastLinear(48, 24, 4, 6)(torch.randn(10, 48)).sum().backward()\n"
+        "print(counter.get_total_flops())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    exact, again = 10 * 6 * (24 + 48 + 16), 10 * 6 * (48 + 16)
+    assert int(done.stdout) == 2 * (3 * exact + again)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fvcore traces with torch.jit
