@@ -94,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=4, help="blocks per side; 1 is low rank")
     parser.add_argument("--keep", type=float, default=0.5, help="fraction of the parameters")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     models = contenders(options.seed, options.blocks, options.keep)
