@@ -16,7 +16,7 @@ from blast_search.compare import compare
 from blast_search.comparison import FIELDS, Comparison, Interval, Row
 from blast_search.contenders import climb
 from blast_search.errors import IncompatibleInputError, UsageError
-from blast_search.latency import Timing
+from blast_search.model_latency import Timing
 from blast_search.progress import SILENT
 from blast_search.space import SearchSpace
 
