@@ -221,8 +221,9 @@ def scaling(count: int, seconds: float) -> None:
                 made.shutdown()
             results.append(scaled(read_log(Path(os.environ[LOG])), nodes, seconds, began, wall))
             print(results[-1], flush=True)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    write_json(FOLDER / "scaling.json", {"seconds_per_cell": seconds, "runs": results} | about())
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        file = FOLDER / "scaling.json"
+        write_json(file, {"seconds_per_cell": seconds, "runs": results} | about())
 
 
 def scaled(

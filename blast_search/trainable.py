@@ -10,11 +10,13 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
@@ -29,6 +31,7 @@ from blast_search.workers import Measure, OnResult, attempt
 
 ON_RESULT: Any = None  # set by the driver before the run
 RAISED: list[Exception] = []  # by the driver's part of this run
+NODES_SECONDS = 5.0  # between looks at which nodes are alive
 MAX_FAILURES = 2  # a cell gets three workers before it counts as failed
 
 
@@ -61,7 +64,23 @@ class CellTrainable(tune.Trainable):
 
 
 class Record(Callback):
-    """Hands every finished or failed trial to the driver's `ON_RESULT` as it arrives."""
+    """Hands every finished or failed trial to the driver's `ON_RESULT` as it arrives.
+
+    Stops the run when none of its nodes is left: Tune would wait for ever.
+    """
+
+    def __init__(self, nodes: tuple[str, ...]) -> None:
+        self.nodes, self.checked = set(nodes), time.monotonic()
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if time.monotonic() - self.checked < NODES_SECONDS:
+            return
+        self.checked = time.monotonic()
+        if not any(n["Alive"] and n["NodeID"] in self.nodes for n in ray.nodes()):
+            raise BlastSearchError(
+                f"all {len(self.nodes)} nodes that measured left the Ray cluster. What was "
+                "measured is on file: run again with --resume when they are back."
+            )
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: Any, **info: Any
@@ -128,7 +147,7 @@ def run(
                 # share; there is nothing to save.
                 checkpoint_config=CheckpointConfig(checkpoint_at_end=False),
                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
-                callbacks=[Record()],
+                callbacks=[Record(places.nodes)],
             ),
         )
         try:

@@ -49,7 +49,7 @@ def read_log(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Three nodes with the resource "prof", the head being of another kind; one without it."""
+    """Three nodes with the resource "prof"; the head is another kind of device."""
     monkeypatch.setenv(LOG, str(tmp_path / "log"))
     monkeypatch.chdir(tmp_path)  # Ray's workers also look for modules in the driver's folder
     quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 2}
@@ -62,7 +62,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             "_system_config": quick,
         },
     )
-    for resources in ({"prof": 1, "a": 1}, {"prof": 1, "b": 1}, {"other": 1}):
+    for resources in ({"prof": 1, "a": 1}, {"prof": 1, "b": 1}):
         made.add_node(resources=resources)
     yield made
     made.shutdown()
@@ -98,14 +98,29 @@ def test_every_cell_once_though_a_node_and_workers_die(nodes: Cluster, tmp_path,
         monkeypatch.setenv(cluster.RESOURCE, "a")
         with pytest.raises(BlastSearchError, match=r"no node .* with BLAST_SEARCH_RAY_RESOURCE=a"):
             cluster.places(stranger, "cpu", said.append)
-        node = next(n["NodeID"] for n in alive if "a" in n["Resources"])
-        place = cluster.Places({"CPU": 1}, (node,))
-        with pytest.raises(BlastSearchError, match="not the device that this run measures"):
-            trainable.run([stranger], "cpu", record, place, measure_and_log)
         monkeypatch.setenv(cluster.RESOURCE, "prof")
         workers.measure_cells(
             cells, "cpu", record, "ray", measure=measure_and_log, say=said.append
         )
+        log = read_log(tmp_path / "log")
+
+        # A worker on a device of another kind refuses, whoever sent it there.
+        head = next(n["NodeID"] for n in alive if "node:__internal_head__" in n["Resources"])
+        with pytest.raises(BlastSearchError, match="not the device that this run measures"):
+            trainable.run(
+                cells[:1], "cpu", record, cluster.Places({"CPU": 1}, (head,)), measure_and_log
+            )
+        # The last node goes: an error, not silence.
+        [last] = {n["NodeID"] for n in alive if {"a", "b"} & set(n["Resources"])} - set(killed)
+        node = next(n for n in nodes.worker_nodes if n.node_id == last)
+
+        def leave(*result):
+            nodes.remove_node(node, allow_graceful=False)
+
+        with pytest.raises(BlastSearchError, match="left the Ray cluster"):
+            trainable.run(
+                grid(3), "cpu", leave, cluster.Places({"CPU": 1}, (last,)), measure_and_log
+            )
 
     # Each cell arrived once and is on file once, the deadly one as a failure.
     assert {c: len(s) for c, s in arrived.items()} == {c.in_features: 1 for c in cells}
@@ -118,7 +133,6 @@ def test_every_cell_once_though_a_node_and_workers_die(nodes: Cluster, tmp_path,
 
     # Measured on the nodes that were chosen, by the code that was shipped, no cell twice except
     # what the killed node was busy with.
-    log = read_log(tmp_path / "log")
     [left_out] = said
     assert left_out.startswith("measuring on 2 nodes of the Ray cluster; not on: ")
     chosen = {n["NodeID"] for n in alive if {"a", "b"} & set(n["Resources"])}
