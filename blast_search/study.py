@@ -26,6 +26,7 @@ from typing import Any
 from blast_search.errors import BlastSearchError, MissingDependencyError
 from blast_search.space import LayerSpec
 
+RANDOM = 4  # trials before the sampler learns: there are few in all
 OPENINGS = 4  # attempts to open a database
 RANGE = 1.5  # log2: a factor of up to 2.8 either way
 MAX_TYPES = 8
@@ -133,7 +134,7 @@ class Study:
         shared = any(worker_of(t) != self.worker for t in self.trials)
         own = zlib.crc32(self.worker.encode()) if shared else 0
         seed = (self.seed * 10_007 + len(self.trials) + own) % 2**32
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed)
+        self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM)
         if start is not None:
             self._study.enqueue_trial({name: start.get(name, 0.0) for name in self.parameters})
         trial = self._study.ask()
