@@ -110,10 +110,10 @@ def narrow(task: str, variant: str, seed: int) -> nn.Module:
     return model
 
 
-def sweep(task: str, seed: int, variant: str, lr: float) -> list[dict[str, Any]]:
+def sweep(task: str, seed: int, variant: str, learning_rate: float) -> list[dict[str, Any]]:
     """The test loss of one small model after a short training."""
     model = narrow(task, variant, seed)
-    chosen = groups(model, variant, lr)
+    chosen = groups(model, variant, learning_rate)
     optimizer = torch.optim.AdamW(chosen)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [g["lr"] for g in chosen], total_steps=SWEEP_STEPS, pct_start=0.1
