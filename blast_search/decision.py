@@ -113,7 +113,19 @@ def decide(
     )
     winner, make = pool[name]
     decision = _final(engine, winner, make, baselines, target, dense, done)
-    return replace(decision, weights=weights if name == "searched" else {})
+    return _not_worse(engine, replace(decision, weights=weights if name == "searched" else {}))
+
+
+def _not_worse(engine: Engine, decision: Decision) -> Decision:
+    """The decision, or a uniform plan within the target that has a lower true loss.
+
+    The last timing may have tightened the winner so far that it lost its lead.
+    """
+    within = [c for c in (decision.winner, *decision.baselines.values()) if c.feasible]
+    best = min(within, key=lambda c: engine.true_loss(c.name, c.choices), default=decision.winner)
+    if best is decision.winner:
+        return decision
+    return replace(decision, winner=replace(best), met=True, weights={})
 
 
 def _searched(

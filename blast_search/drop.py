@@ -39,7 +39,10 @@ def within_drop(finish: Finish, dense: Timing, storage: Storage) -> Decision:
     )
     if not decision.met:  # timed anew, nothing held the ratio: the bisection's plan did
         return replace(decision, winner=best, met=True, weights={})
-    return replace(decision, baselines=decision.baselines | {KEY: best})
+    if decision.winner.choices != best.choices:
+        return replace(decision, baselines=decision.baselines | {KEY: best})
+    _rename(finish, KEY, "searched", best)
+    return decision
 
 
 def _bisect(finish: Finish, dense: Timing) -> Contender | None:
@@ -64,10 +67,7 @@ def _bisect(finish: Finish, dense: Timing) -> Contender | None:
         engine.note_point(f"exact {middle:.2f}", contender.choices, loss)
         if drop <= limit:
             best, high = replace(contender, name=KEY), contender.ratio
-            if finish.holds("round", contender):  # else all that is needed is on file
-                models = finish.folder / "models"
-                shutil.rmtree(models / KEY, ignore_errors=True)
-                (models / "round").rename(models / KEY)
+            _rename(finish, "round", KEY, contender)
         else:
             low = middle
     return best
@@ -83,3 +83,11 @@ def _value(finish: Finish, contender: Contender, target: float) -> float:
     if not steps:
         return finish.metric(contender, plan)
     return finish.retrained("round", contender, plan, steps, weights=False)
+
+
+def _rename(finish: Finish, source: str, target: str, contender: Contender) -> None:
+    """Keep a contender's retrained model under another name, if it is there."""
+    if finish.holds(source, contender):
+        models = finish.folder / "models"
+        shutil.rmtree(models / target, ignore_errors=True)
+        (models / source).rename(models / target)

@@ -161,6 +161,10 @@ def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
     assert run.plan.measured["latency_ratio_layers"] < 1
     metric = run.plan.measured["metric"]
     assert metric["dense"] - metric["retrained"] <= 1.0
+    # The whole search ran at the bisection's ratio, with the bisection's plan as a contender.
+    assert set(run.plan.baselines) >= {"dense", "uniform_low_rank"}
+    assert run.plan.search["trials"] == OPTIONS["trials"]
+    assert run.plan.search["additivity"]["plans"] >= 20
 
 
 @pytest.mark.parametrize("scope", ["macs", "params", "model"])
@@ -251,3 +255,39 @@ def test_the_best_plan_after_retraining_wins_within_the_budget():
         assert Finish.best(finish, contenders, values) == best  # type: ignore[arg-type]
         tie = dict.fromkeys(contenders, 0.5)
         assert Finish.best(finish, contenders, tie) == "searched"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_bisection_tightens_and_relaxes_in_both_directions_of_a_metric(
+    higher: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """The metric falls (or rises) by 1 - ratio, and 0.3 is allowed: a ratio of 0.7."""
+    from types import SimpleNamespace
+
+    from blast_search import drop
+    from blast_search.engine import Contender
+    from blast_search.space import Candidate
+
+    def built(engine, name, make, ratio):
+        return Contender(name, {"fc": Candidate(1, 8)}, None, ratio, True)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(drop, "meet", built)
+    ratios = []
+
+    def metric(contender: Contender, plan: bs.Plan) -> float:
+        ratios.append(contender.ratio)
+        return 1.0 - (1 - contender.ratio) if higher else 1.0 + (1 - contender.ratio)
+
+    finish = SimpleNamespace(
+        prepared=SimpleNamespace(task=SimpleNamespace(metric=("m", higher)), layers=[]),
+        engine=SimpleNamespace(exact=None, true_loss=lambda *_: 0.0, note_point=lambda *_: None),
+        settings=SimpleNamespace(max_drop=0.3), pipeline=SimpleNamespace(dense_metric=1.0),
+        report=SimpleNamespace(say=lambda _: None), steps=lambda *_: 0, metric=metric,
+        holds=lambda *_: False,
+    )  # fmt: skip
+    best = drop._bisect(finish, None)  # type: ignore[arg-type]
+    assert ratios == [0.5, 0.75, 0.625, 0.6875, 0.71875]
+    assert best is not None
+    assert best.ratio == 0.71875
+    finish.settings.max_drop = 0.0
+    assert drop._bisect(finish, None) is None  # type: ignore[arg-type]
