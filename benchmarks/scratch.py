@@ -186,7 +186,7 @@ def table(rows: list[dict[str, str]], steps: int, environments: set[str]) -> lis
             ratio = mean(float(r["step_ratio"]) for r in own)
             lines.append(
                 f"| {task} | {model} | {len(own)} | {int(own[0]['params']):,} | "
-                f"{float(own[0]['macs']):,.0f} | {cell['loss']} | {cell[metric]} | {ratio:.2f} |"
+                f"{float(own[0]['macs']) / 1e6:.2f} M | {cell['loss']} | {cell[metric]} | {ratio:.2f} |"
             )
     for text in sorted(environments):
         e = json.loads(text)
