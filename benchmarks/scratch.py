@@ -168,10 +168,11 @@ def table(rows: list[dict[str, str]], steps: int, environments: set[str]) -> lis
     lines = [
         "# Structured training from scratch", "",
         f"`python -m examples.train_vit` and `examples.train_lm`, {steps} steps: dense, uniform "
-        f"BLAST (b = {BLOCKS}, {KEEP} of the parameters of every block layer), low rank of equal "
-        "parameters. Means over seeds (all values in brackets where there are several); step "
-        "time is the median ratio to dense of forward, backward and optimizer, contenders taking "
-        "turns.", "",
+        f"BLAST (b = {BLOCKS}, {KEEP} of the parameters of every block layer), low rank of about "
+        "equal parameters (ranks are rounded). Means over seeds (all values in "
+        "brackets where there are several); step time is the median ratio to dense of forward, "
+        "backward and optimizer, contenders "
+        "taking turns.", "",
         "| task | model | seeds | parameters | MACs (image; byte) | test loss | "
         "accuracy; perplexity | step time ratio |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -184,9 +185,10 @@ def table(rows: list[dict[str, str]], steps: int, environments: set[str]) -> lis
             metric = "accuracy" if task == "vit" else "perplexity"
             cell = {key: shown([float(r[key]) for r in own]) for key in ("loss", metric)}
             ratio = mean(float(r["step_ratio"]) for r in own)
+            macs = float(own[0]["macs"]) / 1e6
             lines.append(
                 f"| {task} | {model} | {len(own)} | {int(own[0]['params']):,} | "
-                f"{float(own[0]['macs']):,.0f} | {cell['loss']} | {cell[metric]} | {ratio:.2f} |"
+                f"{macs:.2f} M | {cell['loss']} | {cell[metric]} | {ratio:.2f} |"
             )
     for text in sorted(environments):
         e = json.loads(text)
