@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
+from ray import cloudpickle
 
 from blast_search import cluster
 from blast_search.files import append_row, write_json
@@ -76,6 +78,7 @@ def grid(count: int) -> list[Cell]:
 
 def drive(folder: Path, count: int, mode: str, address: str | None) -> None:
     """One life of a driver: measure what is not on file."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     cells = grid(count)
     table = LatencyTable.open(folder / "latency.csv", cells[0].device)
     missing = missing_cells(table, cells)
@@ -105,9 +108,13 @@ def keys(folder: Path) -> list[str]:
     return [f"{row['device']} {row['in_features']}" for row in rows]
 
 
-def start(folder: Path, count: int, mode: str, address: str | None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, "drive", str(folder), str(count), mode, address or ""]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def start(folder: Path, count: int, mode: str, address: str | None) -> Any:
+    """A driver in a process of its own, forked from one that has the imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["blast_search.trainable"])
+    driver = context.Process(target=drive, args=(folder, count, mode, address))
+    driver.start()
+    return driver
 
 
 def disturbed_run(mode: str, address: str | None, count: int, seed: int) -> dict[str, Any]:
@@ -123,7 +130,7 @@ def disturbed_run(mode: str, address: str | None, count: int, seed: int) -> dict
         while code != 0:
             before, seen = keys(folder), len(read_log(log))
             driver = start(folder, count, mode, address)
-            code = disturb(driver, log, mode, chance, result)
+            code = disturb(driver, folder, log, mode, chance, result)
             after = keys(folder)
             known = {int(key.split()[1]) for key in before}
             result["lost"] += len(set(before) - set(after)) + (after[: len(before)] != before)
@@ -143,30 +150,38 @@ def disturbed_run(mode: str, address: str | None, count: int, seed: int) -> dict
 
 
 def disturb(
-    driver: subprocess.Popen[bytes], log: Path, mode: str, chance: random.Random, result: dict
+    driver: Any, folder: Path, log: Path, mode: str, chance: random.Random, result: dict[str, Any]
 ) -> int:
-    """Kill workers, then the driver, at random moments; its exit code."""
-    kill_driver = chance.random() < (0.9 if mode == "local" else 0.6)
-    # Anywhere in the life of a driver: while it starts, attaches, measures or ends.
+    """Kill workers, then the driver, at random moments; the driver's exit code.
+
+    The driver dies while it starts, attaches and waits for workers (a third of the time), or some
+    cells later; the worker that measures dies up to three times in a driver's life.
+    """
+    at_start = chance.random() < 1 / 3
+    delay = chance.uniform(0, (1 if mode == "local" else 8) if at_start else 0.3)
+    cells = 0 if at_start else chance.randint(1, 4 if mode == "local" else 14)
     deaths: Counter[int] = Counter()
-    end = time.monotonic() + chance.uniform(0.3, 5 if mode == "local" else 12)
-    while (code := driver.poll()) is None:
-        time.sleep(chance.uniform(0.1, 1.0))
-        if kill_driver and time.monotonic() > end:
+    had, worker_at = len(keys(folder)), chance.randint(0, 3)
+    while (code := driver.exitcode) is None:
+        done = len(keys(folder)) - had
+        if done >= cells:
+            driver.join(delay)
             driver.kill()
-            code = driver.wait()
-            result["driver_kills"] += code == -signal.SIGKILL
-            break
+            driver.join()
+            result["driver_kills"] += driver.exitcode == -signal.SIGKILL
+            return int(driver.exitcode)
         pid, cell = measuring(log)
         # A third death of a cell's worker would be recorded as the cell's failure, by design.
-        if mode == "ray" and pid and deaths[cell] < 2 and driver.poll() is None:
-            try:
+        due = mode == "ray" and done >= worker_at and deaths.total() < 3 and deaths[cell] < 2
+        if due and pid and driver.is_alive():
+            time.sleep(chance.uniform(0, 0.15))
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            deaths[cell] += 1
-            result["worker_kills"] += 1
-    return code
+                deaths[cell] += 1
+                result["worker_kills"] += 1
+                worker_at = done + chance.randint(0, 4)
+        driver.join(chance.uniform(0.02, 0.2))
+    return int(code)
 
 
 def measuring(log: Path) -> tuple[int, int]:
@@ -182,7 +197,7 @@ def measuring(log: Path) -> tuple[int, int]:
 
 
 def kills(seconds: float, cells: int) -> None:
-    os.environ |= {SECONDS: "0.15"}
+    os.environ |= {SECONDS: "0.1"}
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "kills.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
@@ -192,7 +207,7 @@ def kills(seconds: float, cells: int) -> None:
         made = test_cluster(2)
         try:
             while time.monotonic() < until:
-                mode = "local" if seed % 4 == 3 else "ray"
+                mode = "local" if seed % 2 else "ray"
                 row = disturbed_run(mode, made.address if mode == "ray" else None, cells, seed)
                 append_row(path, RUN_FIELDS, row)
                 print(row, flush=True)
@@ -274,18 +289,12 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("kills")
     verb.add_argument("--seconds", type=float, default=100)
-    verb.add_argument("--cells", type=int, default=40)
+    verb.add_argument("--cells", type=int, default=30)
     verb = verbs.add_parser("scaling")
     verb.add_argument("--cells", type=int, default=40, help="per node")
     verb.add_argument("--seconds", type=float, default=0.4)
-    verb = verbs.add_parser("drive")
-    for name, kind in (("folder", Path), ("count", int), ("mode", str), ("address", str)):
-        verb.add_argument(name, type=kind)
     values = vars(parser.parse_args())
-    verb_name = values.pop("verb")
-    if verb_name == "drive":
-        drive(values["folder"], values["count"], values["mode"], values["address"] or None)
-    elif verb_name == "kills":
+    if values.pop("verb") == "kills":
         kills(**values)
     else:
         scaling(values["cells"], values["seconds"])
