@@ -15,11 +15,13 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.latency import MIN_ROUNDS, interleave, synchronizer
 from blast_search.layers import Workload, get_modules, set_modules, stubs
 from blast_search.modes import timed_call
+from blast_search.noise import half_width, median_interval
 from blast_search.plan import Choices
 from blast_search.space import LayerSpec
 from blast_search.structured import empty_layer
 
-MODEL_ROUNDS = 60
+MODEL_ROUNDS = 40
+NARROW = 0.005  # half-width of every ratio to dense, relative: enough rounds
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def time_variants(
     Args:
         model: the dense model; left as it was.
         variants: per name, the modules that replace layers (others stay dense).
-        seconds: for all rounds together, within `min_rounds` and `max_rounds`.
+        seconds: for all rounds together, within `min_rounds` and `max_rounds`; fewer rounds do
+            where all ratios to dense are certain to NARROW.
     """
     device = next(model.parameters()).device
     before = get_modules(model, layers)
@@ -102,6 +105,7 @@ def time_variants(
                     # The first call after a swap warms caches; the faster one also sheds most
                     # interruptions by other programs.
                     best_of=2,
+                    enough=_narrow,
                 )
             rounds = min(map(len, [*times.values(), *total.values()]))
             for name, values in times.items():
@@ -111,6 +115,15 @@ def time_variants(
         set_modules(model, layers, before)
         model.train(training)
     return {name: _timing(total, name) for name in ("dense", *variants)}
+
+
+def _narrow(samples: Mapping[str, Sequence[float]]) -> bool:
+    dense = np.array(samples["dense"])
+    return all(
+        half_width(median_interval(np.array(values) / dense)) <= NARROW
+        for name, values in samples.items()
+        if name != "dense"
+    )
 
 
 def _timing(times: Mapping[str, np.ndarray], name: str) -> Timing:

@@ -28,7 +28,7 @@ from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder, digest
 from blast_search.space import DENSE, Candidate
 
-PLANS = 24
+PLANS = 20
 FOLDS = 4
 CHECKED = ("plans", "median", "worst", "uncorrected_median", "uncorrected_worst")
 GROUP = 4  # plans built and timed at once: all of them would fill the memory
