@@ -182,11 +182,11 @@ def disturb(
             driver.join()
             result["driver_kills"] += driver.exitcode == -signal.SIGKILL
             return int(driver.exitcode)
+        time.sleep(chance.uniform(0, 0.1))
         pid, cell = measuring(log)
         # A third death of a cell's worker would be recorded as the cell's failure, by design.
         due = mode == "ray" and done >= worker_at and deaths.total() < 10 and deaths[cell] < 2
         if due and pid and driver.is_alive():
-            time.sleep(chance.uniform(0, 0.15))
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 deaths[cell] += 1
