@@ -92,15 +92,17 @@ def row(
     return values
 
 
-def inference(dtype: torch.dtype, shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+def inference(
+    dtype: torch.dtype, shapes: list[tuple[int, int]], counts: list[int], broadcasting: bool
+) -> Iterator[dict[str, Any]]:
     with torch.inference_mode():
         for m, n in shapes:
             for keep in KEEPS:
                 for b in BLOCKS:
                     modules = contenders(m, n, b, keep, dtype)
-                    if b > 1:
+                    if b > 1 and broadcasting:
                         modules["broadcasting"] = Broadcasting(modules["blast"])  # type: ignore[arg-type]
-                    for tokens in TOKENS:
+                    for tokens in counts:
                         x = torch.randn(tokens, n, dtype=dtype)
                         calls = {k: (lambda f=f, x=x: f(x)) for k, f in modules.items()}
                         found = ratios(calls, SECONDS * (4 if m * n > 4e6 else 1))
@@ -150,6 +152,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 def figure(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
+    counts = sorted({r["tokens"] for r in rows if r["kind"] == "inference"})
     shown, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True, layout="constrained")
     for axis, name, label in (
         (axes[0], "low_rank", "speed relative to low rank of equal MACs"),
@@ -157,17 +160,17 @@ def figure(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     ):
         for b in BLOCKS:
             points = []
-            for t in TOKENS:
+            for t in counts:
                 values = [
                     float(r[f"over_{name}"])
                     for r in rows
                     if r["kind"] == "inference" and (r["num_blocks"], r["tokens"]) == (b, t)
                 ]
                 points.append(geometric_mean(values))
-            axis.plot(TOKENS, points, marker="o", label=f"b = {b}")
+            axis.plot(counts, points, marker="o", label=f"b = {b}")
         axis.axhline(1, color="#888888", linewidth=1)
         axis.set(xscale="log", xlabel="tokens", ylabel=label, ylim=(0, None))
-        axis.set_xticks(TOKENS, [str(t) for t in TOKENS])
+        axis.set_xticks(counts, [str(t) for t in counts])
         axis.grid(True, color="#e4e4e4")
     axes[0].legend(frameon=False)
     shown.suptitle(title, fontsize=10)
@@ -178,6 +181,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--no-broadcasting", action="store_true")
+    parser.add_argument("--no-training", action="store_true")
     parser.add_argument("--large", action="store_true", help="also 4096 x 4096")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "layer")
     arguments = parser.parse_args()
@@ -186,8 +192,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in [arguments.dtype] if arguments.dtype else ["float32", "bfloat16"]:
         dtype = getattr(torch, name)
-        rows = list(inference(dtype, SHAPES + (LARGE if arguments.large else [])))
-        if dtype == torch.float32:
+        shapes = SHAPES + (LARGE if arguments.large else [])
+        rows = list(inference(dtype, shapes, arguments.tokens, not arguments.no_broadcasting))
+        if dtype == torch.float32 and not arguments.no_training:
             rows += training(dtype)
         env = environment(torch.device("cpu")) | {
             "dtype": name, "date": datetime.now(UTC).date().isoformat(), "script": "layer.py",

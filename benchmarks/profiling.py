@@ -1,6 +1,7 @@
 """Profiling on Ray under kill signals, and how it scales over nodes.
 
-    python benchmarks/profiling.py kills --seconds 100   # repeat: pieces add up in kills.csv
+    python benchmarks/profiling.py kills --mode ray      # repeat: pieces add up in kills.csv
+    python benchmarks/profiling.py kills --mode local
     python benchmarks/profiling.py scaling
 
 Both measure with `simulated` (a sleep of fixed length) handed to the same `measure_cells` that
@@ -117,8 +118,10 @@ def start(folder: Path, count: int, mode: str, address: str | None) -> Any:
     return driver
 
 
-def disturbed_run(mode: str, address: str | None, count: int, seed: int) -> dict[str, Any]:
-    """One run of `count` cells, killed at random moments until it ends by itself."""
+def disturbed_run(
+    mode: str, address: str | None, count: int, seed: int, until: float
+) -> dict[str, Any]:
+    """One run of `count` cells, killed at random moments up to `until`, to its end."""
     chance, began = random.Random(seed), time.monotonic()
     result: dict[str, Any] = dict.fromkeys(RUN_FIELDS, 0) | {
         "mode": mode, "seed": seed, "cells": count,
@@ -130,7 +133,7 @@ def disturbed_run(mode: str, address: str | None, count: int, seed: int) -> dict
         while code != 0:
             before, seen = keys(folder), len(read_log(log))
             driver = start(folder, count, mode, address)
-            code = disturb(driver, folder, log, mode, chance, result)
+            code = disturb(driver, folder, log, mode, chance, result, until)
             after = keys(folder)
             known = {int(key.split()[1]) for key in before}
             result["lost"] += len(set(before) - set(after)) + (after[: len(before)] != before)
@@ -150,19 +153,28 @@ def disturbed_run(mode: str, address: str | None, count: int, seed: int) -> dict
 
 
 def disturb(
-    driver: Any, folder: Path, log: Path, mode: str, chance: random.Random, result: dict[str, Any]
+    driver: Any,
+    folder: Path,
+    log: Path,
+    mode: str,
+    chance: random.Random,
+    result: dict[str, Any],
+    until: float,
 ) -> int:
     """Kill workers, then the driver, at random moments; the driver's exit code.
 
     The driver dies while it starts, attaches and waits for workers (a third of the time), or some
-    cells later; the worker that measures dies up to three times in a driver's life.
+    cells later; the worker that measures dies up to ten times in a driver's life.
     """
     at_start = chance.random() < 1 / 3
     delay = chance.uniform(0, (1 if mode == "local" else 8) if at_start else 0.3)
-    cells = 0 if at_start else chance.randint(1, 4 if mode == "local" else 14)
+    cells = 0 if at_start else chance.randint(1, 4 if mode == "local" else 25)
     deaths: Counter[int] = Counter()
     had, worker_at = len(keys(folder)), chance.randint(0, 3)
     while (code := driver.exitcode) is None:
+        if time.monotonic() > until:
+            driver.join()
+            continue
         done = len(keys(folder)) - had
         if done >= cells:
             driver.join(delay)
@@ -170,11 +182,11 @@ def disturb(
             driver.join()
             result["driver_kills"] += driver.exitcode == -signal.SIGKILL
             return int(driver.exitcode)
+        time.sleep(chance.uniform(0, 0.1))
         pid, cell = measuring(log)
         # A third death of a cell's worker would be recorded as the cell's failure, by design.
-        due = mode == "ray" and done >= worker_at and deaths.total() < 3 and deaths[cell] < 2
+        due = mode == "ray" and done >= worker_at and deaths.total() < 10 and deaths[cell] < 2
         if due and pid and driver.is_alive():
-            time.sleep(chance.uniform(0, 0.15))
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
                 deaths[cell] += 1
@@ -196,27 +208,31 @@ def measuring(log: Path) -> tuple[int, int]:
     return recent[-1] if recent else (0, 0)
 
 
-def kills(seconds: float, cells: int) -> None:
+def kills(mode: str, seconds: float, cells: int) -> None:
     os.environ |= {SECONDS: "0.1"}
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "kills.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    seed, until = len(rows), time.monotonic() + seconds
+    seed = len(path.read_text().splitlines()) if path.exists() else 1
+    until = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name:
         os.environ[LOG] = f"{name}/log"
-        made = test_cluster(2)
+        made = test_cluster(2) if mode == "ray" else None
         try:
             while time.monotonic() < until:
-                mode = "local" if seed % 2 else "ray"
-                row = disturbed_run(mode, made.address if mode == "ray" else None, cells, seed)
+                row = disturbed_run(mode, made and made.address, cells, seed, until)
                 append_row(path, RUN_FIELDS, row)
                 print(row, flush=True)
                 seed += 1
         finally:
-            made.shutdown()
+            if made:
+                made.shutdown()
     rows = list(csv.DictReader(path.open()))
-    total = {k: sum(int(row[k]) for row in rows) for k in RUN_FIELDS[2:11]}
+    total: dict[str, Any] = {k: sum(int(row[k]) for row in rows) for k in RUN_FIELDS[2:11]}
     total |= {"runs": len(rows), "kills": total["driver_kills"] + total["worker_kills"]}
+    total["driver_kills_by_mode"] = {
+        m: sum(int(row["driver_kills"]) for row in rows if row["mode"] == m)
+        for m in ("ray", "local")
+    }
     write_json(FOLDER / "kills.json", total | about())
     print(total)
 
@@ -288,7 +304,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("kills")
-    verb.add_argument("--seconds", type=float, default=100)
+    verb.add_argument("--mode", choices=("ray", "local"), default="ray")
+    verb.add_argument("--seconds", type=float, default=100, help="no kills after these")
     verb.add_argument("--cells", type=int, default=30)
     verb = verbs.add_parser("scaling")
     verb.add_argument("--cells", type=int, default=40, help="per node")
