@@ -125,7 +125,7 @@ class Engine:
             return list(self.run.once(f"loss on {len(order)} batches", key, name, measure))
         if not hopeless:
             return list(self.run.once("loss", key, name, measure))
-        found = list(self.run.once("loss, maybe cut short", key, name, measure))
+        found = list(self.run.once("loss or its start", key, name, measure))
         if len(found) == len(order):
             self.run.once("loss", key, name, lambda: found)
         return found

@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy import WIDTH, Net, ToyTask
 
-from blast_search import cli, closed_loop, contenders, decision, engine
+from blast_search import cli, closed_loop, contenders, decision, trials
 from blast_search.compare import compare
 from blast_search.comparison import FIELDS, Comparison, Interval, Row
 from blast_search.contenders import climb
@@ -54,7 +54,7 @@ def _short_timings(monkeypatch):
         monkeypatch.setattr(module, "TIMING_SECONDS", 0.1)
     for module in (decision, contenders):
         monkeypatch.setattr(module, "FINAL_SECONDS", 0.1)
-    monkeypatch.setattr(engine, "FRONT_BUDGETS", (0.5,))
+    monkeypatch.setattr(trials, "FRONT_BUDGETS", (0.5,))
 
 
 def count_evaluations(monkeypatch) -> list[str]:

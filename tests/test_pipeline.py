@@ -164,7 +164,7 @@ def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
     # The whole search ran at the bisection's ratio, with the bisection's plan as a contender.
     assert set(run.plan.baselines) >= {"dense", "uniform_low_rank"}
     assert run.plan.search["trials"] == OPTIONS["trials"]
-    assert run.plan.search["additivity"]["plans"] >= 20
+    assert run.plan.search["additivity"]["plans"] >= 5
 
 
 @pytest.mark.parametrize("scope", ["macs", "params", "model"])
