@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -176,6 +177,7 @@ def main() -> None:
     task = load_task(args.task)
     prepared = prepare(task, Settings(task=args.task, budget=1.0), load_space("default"))
     cells, mine = prepared.cells(), prepared.fingerprint
+    args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{args.task}.json"
     result = json.loads(file.read_text()) if file.is_file() else {}
     result |= {
@@ -188,16 +190,15 @@ def main() -> None:
     first = measure(cells, mine)
     result["table_seconds"] = round(time.monotonic() - began, 1)
     result["noise"] = asdict(_noise(first)) | {"text": _noise(first).text}
-    if "table" in args.parts:
-        result["table"] = repeat(first, measure(cells, mine))
-    if "loaded" in args.parts:
-        result["loaded"] = loaded(cells, mine)
-    if "pruned" in args.parts:
-        result["pruned"] = pruned(prepared, first)
-    if "plans" in args.parts:
-        result["plans"] = plans(prepared, first, file.with_suffix(".csv"))
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(file, result)
+    parts: dict[str, Callable[[], Any]] = {
+        "table": lambda: repeat(first, measure(cells, mine)),
+        "loaded": lambda: loaded(cells, mine),
+        "pruned": lambda: pruned(prepared, first),
+        "plans": lambda: plans(prepared, first, file.with_suffix(".csv")),
+    }
+    for part in args.parts:
+        result[part] = parts[part]()
+        write_json(file, result)
     print(json.dumps(result, indent=1))
 
 

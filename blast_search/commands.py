@@ -19,7 +19,7 @@ from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.files import locked, make_folder, read_yaml_mapping, write_json
 from blast_search.latency import CELL_SECONDS, environment, interleave, missing_cells
 from blast_search.latency_model import LatencyModel
-from blast_search.noise import table_noise
+from blast_search.noise import gpu_state, table_noise
 from blast_search.plan_check import check_text, cross_validated, measure_plans
 from blast_search.prepared import prepare
 from blast_search.profiling import Profiler
@@ -257,6 +257,7 @@ def doctor(silent: bool) -> dict[str, Any]:
     result = {
         "environment": environment(device),
         "versions": versions,
+        "gpu": gpu_state(),
         "kernels": {
             f"b={b}, {t} tokens": choose(b, 64, torch.float32, device.type, t)
             for b in (1, 4) for t in (1, 512)

@@ -21,8 +21,15 @@ from torch import nn
 from blast_search import kernels
 from blast_search.files import sha256_json
 from blast_search.matrix import BlastLinear
-from blast_search.modes import timed_call
-from blast_search.noise import NARROW, WIDE, OtherLoad, half_width, median_interval
+from blast_search.modes import flusher, timed_call
+from blast_search.noise import (
+    NARROW,
+    WIDE,
+    OtherLoad,
+    half_width,
+    median_interval,
+    processors,
+)
 from blast_search.space import Candidate, LayerSpec, SearchSpace
 from blast_search.tables import Cell, LatencyTable, Measurement
 
@@ -45,6 +52,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_type": device.type,
         "capability": capability,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+        "processors": processors() if device.type == "cpu" else 0,
         "torch": str(torch.__version__),  # a subclass of str that YAML cannot write
         "cuda": torch.version.cuda or "" if device.type == "cuda" else "",
         "driver": _driver() if device.type == "cuda" else "",
@@ -179,11 +187,12 @@ def measure_cell(cell: Cell, device_type: str, seconds: float = CELL_SECONDS) ->
             name: timed_call(cell.mode, module, lambda layer: layer(x))
             for name, module in modules.items()
         }
+    flush = flusher(cell.mode, device)
     attempts = []
     for _ in range(CELL_ATTEMPTS):
         load = OtherLoad()
         with torch.inference_mode():
-            times = interleave(calls, synchronizer(device), seconds, enough=_narrow)
+            times = interleave(calls, synchronizer(device), seconds, prepare=flush, enough=_narrow)
         attempts.append(_measurement(times, load.share()))
         if attempts[-1].uncertainty <= WIDE:
             break

@@ -1,13 +1,16 @@
 """How a call is made when it is timed: as the model will run, or its latency says little.
 
 "eager" is a plain call; "compiled" goes through torch.compile (static shapes); "cuda-graph" is
-captured once and replayed, which takes the launches out of the time.
+captured once and replayed, which takes the launches out of the time.  With "-cold" behind the
+name, cells are timed with a flushed cache: every call reads its weights from memory, as it does
+in a model larger than the cache.  (Whole models are never flushed: they do that to themselves.)
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,10 @@ from torch import nn
 
 from blast_search.errors import UsageError
 
-MODES = ("eager", "compiled", "cuda-graph")
+COLD = "-cold"
+CALLS = ("eager", "compiled", "cuda-graph")
+MODES = (*CALLS, *(call + COLD for call in CALLS))
+CACHE_BYTES = 64 << 20  # where the size of the last-level cache is not told
 GRAPH_WARMUP = 3  # side-stream calls before a capture, as PyTorch asks for
 VARIANTS = 64  # compiled side by side: the default, 8, would fall back to eager calls in silence
 
@@ -24,7 +30,7 @@ def check_mode(mode: str, device_type: str) -> None:
     """Raise UsageError for an unknown mode, or one that the device does not have."""
     if mode not in MODES:
         raise UsageError(f"mode is {mode!r}, expected one of {', '.join(MODES)}.")
-    if mode == "cuda-graph" and device_type != "cuda":
+    if mode.startswith("cuda-graph") and device_type != "cuda":
         raise UsageError("mode cuda-graph needs a CUDA device. Use --mode eager or compiled.")
 
 
@@ -38,9 +44,10 @@ def timed_call(mode: str, module: nn.Module, call: Callable[[nn.Module], object]
     Raises:
         RuntimeError: the call cannot be compiled or captured.
     """
-    if mode == "eager":
+    how = mode.removesuffix(COLD)
+    if how == "eager":
         return lambda: call(module)
-    if mode == "compiled":
+    if how == "compiled":
         mine = _structure(module)
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, VARIANTS)
@@ -63,6 +70,30 @@ def timed_call(mode: str, module: nn.Module, call: Callable[[nn.Module], object]
         return held[0]
 
     return replay
+
+
+def flusher(mode: str, device: torch.device) -> Callable[[str], None]:
+    """What to do, untimed, before each timed call of a cell: nothing, or empty the caches."""
+    if not mode.endswith(COLD):
+        return lambda name: None
+    buffer = torch.empty(2 * _cache_bytes(device), dtype=torch.uint8, device=device)
+
+    def flush(name: str) -> None:
+        buffer.fill_(1)
+
+    return flush
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 0)
+        sizes += [int(text[:-1]) * unit] if unit and text[:-1].isdecimal() else []
+    return max(sizes, default=CACHE_BYTES)
 
 
 def _structure(module: nn.Module) -> nn.Module:

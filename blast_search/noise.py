@@ -25,6 +25,7 @@ NARROW = 0.01  # half-width of a ratio's interval, relative: enough repeats
 WIDE = 0.03  # beyond this a cell is noisy
 NOISY_CELLS = 0.1  # share of noisy cells that makes a table noisy
 DRIFT = 0.15  # spread of one shape's dense twins (p90 - p10 over median) that does
+CLOCK = 0.1  # a change of the GPU's clock worth a word; idle clocks are lower, so it is no verdict
 BUSY = 0.05  # share of the processors taken by other programs worth a word
 
 
@@ -75,11 +76,12 @@ class OtherLoad:
     def share(self) -> float:
         """Share of our processors' time taken by others since the start, 0 to 1."""
         busy, own, clock = (now - then for now, then in zip(self._read(), self.began, strict=True))
-        capacity = clock * _processors()
+        capacity = clock * processors()
         return min(1.0, max(0.0, busy - own) / capacity) if capacity > 0 else 0.0
 
 
-def _processors() -> int:
+def processors() -> int:
+    """How many processors this process may run on (its affinity)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -103,6 +105,20 @@ def gpu_state() -> dict[str, Any]:
     except (OSError, ValueError, subprocess.SubprocessError):
         return {}
     return {"processes": len(processes), "sm_clock_mhz": clocks}
+
+
+def gpu_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What disturbed a GPU between two states, in a sentence; "" if nothing did."""
+    found = []
+    others = before.get("processes", 0)  # afterwards our own workers may still be there
+    if others:
+        found.append(f"{others} other programs compute on the GPU")
+    for old, new in zip(
+        before.get("sm_clock_mhz", ()), after.get("sm_clock_mhz", ()), strict=False
+    ):
+        if old and abs(new / old - 1) > CLOCK:
+            found.append(f"a GPU's clock went from {old:.0f} to {new:.0f} MHz")
+    return f"While cells were timed, {'; '.join(found)}." if found else ""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ SpaceOption = Annotated[str, typer.Option(help="Search space: a shipped name or 
 WorkloadOption = Annotated[
     str | None, typer.Option(help="[NAME:]BATCHxLENGTH[@WEIGHT],... instead of the task's own.")
 ]
-ModeOption = Annotated[str, typer.Option(help="Timed calls: eager, compiled or cuda-graph.")]
+ModeOption = Annotated[
+    str, typer.Option(help="Timed calls: eager, compiled, cuda-graph; -cold: flushed.")
+]
 ProfileOption = Annotated[
     str, typer.Option("--profile", help="full, or pruned: only cells that could be chosen.")
 ]

@@ -14,7 +14,7 @@ from functools import partial
 from blast_search.cellcache import open_cache
 from blast_search.errors import IncompatibleInputError
 from blast_search.latency import measure_cell, missing_cells
-from blast_search.noise import WIDE, table_noise
+from blast_search.noise import WIDE, gpu_state, gpu_text, table_noise
 from blast_search.prepared import Prepared
 from blast_search.progress import Reporter
 from blast_search.pruning import promising_cells, seed_cells
@@ -44,10 +44,13 @@ class Profiler:
         cache = open_cache(table.device)
         if copied := table.merge(cache, missing_cells(table, cells)):
             report.say(f"{copied} cells are known from earlier runs on this device ({cache.path})")
+        before = gpu_state() if self.prepared.device.type == "cuda" else {}
         if profile == "pruned":
             self._measure(seed_cells(cells), "profile first cells", cache)
             cells = promising_cells(self.prepared.layers, cells, table)
         self._measure(cells, "profile cells", cache)
+        if before and (text := gpu_text(before, gpu_state())):
+            report.say(text)
         noise = table_noise(table.cells)
         report.say(noise.text) if noise.noisy else report.detail(noise.text)
         failed = sum(value is None for value in table.cells.values())

@@ -8,11 +8,13 @@ from torch import nn
 from toy import ToyTask
 
 import blast_search as bs
+from blast_search import latency, modes
 from blast_search.errors import UsageError
 from blast_search.layers import Workload, inventory
 from blast_search.model_latency import time_variants, untrained
 from blast_search.modes import check_mode, timed_call
 from blast_search.space import Candidate, SearchSpace
+from blast_search.tables import Cell
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 
@@ -20,6 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 def test_unknown_modes_and_missing_devices_are_refused():
     check_mode("compiled", "cpu")
     check_mode("cuda-graph", "cuda")
+    check_mode("eager-cold", "cpu")
+    with pytest.raises(UsageError, match="needs a CUDA device"):
+        check_mode("cuda-graph-cold", "cpu")
     with pytest.raises(UsageError, match="expected one of eager, compiled, cuda-graph"):
         check_mode("fast", "cpu")
     with pytest.raises(UsageError, match="needs a CUDA device"):
@@ -41,6 +46,26 @@ def test_compiled_variants_are_kept_apart_from_the_model():
     with torch.no_grad():
         dense.weight.zero_()  # weights are shared, not copied
     torch.testing.assert_close(first(), model(x))
+
+
+def test_a_cold_cell_is_flushed_before_every_call(monkeypatch):
+    flushed: list[str] = []
+    real = modes.flusher
+
+    def spy(mode, device):
+        flush = real(mode, device)
+        return lambda name: (flushed.append(name), flush(name))[1]
+
+    monkeypatch.setattr(modes, "_cache_bytes", lambda device: 1 << 12)
+    monkeypatch.setattr(latency, "flusher", spy)
+    cell = Cell("d", "eager-cold", "float32", "k", 64, 64, True, 4, Candidate(1, 8))
+    runs = latency.measure_cell(cell, "cpu", seconds=0.001).runs
+    assert flushed.count("candidate") == flushed.count("dense") >= runs
+    assert modes.flusher("eager", torch.device("cpu"))("dense") is None
+
+
+def test_cache_size_is_known_or_assumed():
+    assert modes._cache_bytes(torch.device("cpu")) >= 1 << 15
 
 
 def test_whole_models_are_timed_compiled():

@@ -63,7 +63,15 @@ def test_other_load_sees_another_program_and_not_ourselves():
         program.wait()
     other = load.share()
     assert time.process_time() - own < 0.5
-    assert other > 0.5 / noise._processors()
+    assert other > 0.5 / noise.processors()
+
+
+def test_what_disturbs_a_gpu_is_said():
+    quiet = {"processes": 0, "sm_clock_mhz": [1980.0]}
+    assert noise.gpu_text(quiet, quiet) == noise.gpu_text({}, {}) == ""
+    text = noise.gpu_text(quiet | {"processes": 2}, {"processes": 3, "sm_clock_mhz": [1400.0]})
+    assert "2 other programs" in text
+    assert "from 1980 to 1400 MHz" in text
 
 
 def test_gpu_state_without_a_gpu_is_empty_or_numbers():
