@@ -26,7 +26,7 @@ from blast_search.matrix import BlastLinear
 from blast_search.plan import Plan
 from blast_search.progress import SILENT, Reporter
 
-# On weights moved by 1 to 20 %, two ended below 30 sweeps from a cold start (384 x 768, b = 4).
+# On weights moved by 1 to 5 %, two ended below 30 sweeps from a cold start (384 x 768, b = 4).
 REFRESH_SWEEPS = 4
 
 
