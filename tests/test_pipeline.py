@@ -161,10 +161,14 @@ def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
     assert run.plan.measured["latency_ratio_layers"] < 1
     metric = run.plan.measured["metric"]
     assert metric["dense"] - metric["retrained"] <= 1.0
-    # The whole search ran at the bisection's ratio, with the bisection's plan as a contender.
+    # The whole search ran at the bisection's ratio, with the bisection's plan as a contender
+    # (which wins where nothing holds that ratio when timed anew, as happens on a loaded machine).
     assert set(run.plan.baselines) >= {"dense", "uniform_low_rank"}
-    assert run.plan.search["trials"] == OPTIONS["trials"]
-    assert run.plan.search["additivity"]["plans"] >= 5
+    if run.plan.search["trials"]:
+        assert run.plan.search["trials"] == OPTIONS["trials"]
+        assert run.plan.search["additivity"]["plans"] >= 5
+    else:
+        assert "bisection" in run.plan.search["verdict"]
 
 
 @pytest.mark.parametrize("scope", ["macs", "params", "model"])
@@ -216,10 +220,12 @@ def test_kill_nine_at_three_stages_repeats_no_measurement(tmp_path: Path, projec
     for log in LOGS:
         after = lines(out / log)
         assert after[: len(before[log])] == before[log], f"{log}: a finished row was lost"
-        keys = [line.split(",ok")[0].rsplit(",", 6)[0] if log == "latency.csv" else
-                ",".join(line.split(",")[:3] if log == "probes.csv" else line.split(",")[:2])
-                for line in after]  # fmt: skip
-        assert len(set(keys)) == len(keys), f"{log}: something was measured twice"
+        columns = {"latency.csv": 9, "probes.csv": 3, "measured.csv": 2}[log]
+        keys = [tuple(line.split(",")[:columns]) for line in after]
+        # Doubtful cells are measured again on purpose, once, later than the others.
+        again = sum(int(line.rsplit(",", 1)[1]) for line in lines(out / "measured.csv")
+                    if line.startswith("doubtful cells") and log == "latency.csv")  # fmt: skip
+        assert len(keys) - len(set(keys)) <= again, f"{log}: something was measured twice"
     plan = bs.Plan.load(out)
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
