@@ -109,17 +109,27 @@ class Finish:
         """
         folder = self.folder / "models" / key
         kind = f"retrained {steps} steps"
+        known = (kind, digest(contender.choices))
         if weights and not self.holds(key, contender):
-            # The weights were lost (a kill between two files) or are another plan's: train
-            # again, with the same seed.
-            self.records.measured.pop((kind, digest(contender.choices)), None)
+            twin = self.twin(key, contender)
+            if twin and known in self.records.measured:  # a uniform plan won: trained once
+                shutil.copytree(twin, folder, dirs_exist_ok=True)
+            else:
+                # The weights were lost (a kill between two files) or are another plan's: train
+                # again, with the same seed.
+                self.records.measured.pop(known, None)
 
         def train() -> float:
             model, value = self.trained(key, contender, plan, steps, self.settings.seed)
             save(model, folder, plan)
             return value
 
-        return float(self.records.once(kind, digest(contender.choices), key, train))
+        return float(self.records.once(*known, key, train))
+
+    def twin(self, key: str, contender: Contender) -> Path | None:
+        """Another contender's folder with the weights of the same plan."""
+        folders = sorted((self.folder / "models").glob("*"))
+        return next((f for f in folders if f.name != key and self.holds(f.name, contender)), None)
 
     def holds(self, key: str, contender: Contender) -> bool:
         """Whether models/<key> holds this contender's weights."""
