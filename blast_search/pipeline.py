@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -209,15 +210,22 @@ class Pipeline:
         return latency
 
     def settle(self, engine: Engine, target: float) -> None:
-        """Measure again the cells whose noise could flip the exact plan; once per run."""
+        """Measure again the cells whose noise could flip the exact plan; once per run.
 
-        def measure() -> int:
-            cells = engine.doubtful(target)
-            self.profiler(engine.latency.table).again(cells)
-            return len(cells)
+        The new measurements go to measured.csv, not to latency.csv: up to here, a resumed run must
+        see the table that the run saw.
+        """
 
-        if self.records.once("doubtful cells", f"{target:.4f}", "exact", measure):
-            engine.latency.table_changed()
+        def measure() -> list[dict[str, Any]]:
+            return self.profiler(engine.latency.table).again(engine.doubtful(target))
+
+        rows = self.records.once("doubtful cells", f"{target:.4f}", "exact", measure)
+        again = LatencyTable(self.prepared.fingerprint)
+        for row in rows:
+            again.add_row(row, "measured.csv, doubtful cells")
+        table = replace(engine.latency.table, path=None)
+        table.merge(again)  # the more certain measurement counts
+        engine.latency.table_changed()
 
     def scored(self, latency: LatencyModel) -> Engine:
         """Calibrate, probe and score: everything that the solver needs."""

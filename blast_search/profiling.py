@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from blast_search.cellcache import open_cache
 from blast_search.errors import IncompatibleInputError
@@ -18,7 +19,7 @@ from blast_search.noise import WIDE, gpu_state, gpu_text, table_noise
 from blast_search.prepared import Prepared
 from blast_search.progress import Reporter
 from blast_search.pruning import promising_cells, seed_cells
-from blast_search.tables import Cell, LatencyTable, Measurement
+from blast_search.tables import Cell, LatencyTable, Measurement, cell_row
 from blast_search.workers import Measure, OnResult, measure_cells, resolve
 
 AGAIN_SECONDS = 2.0  # per cell at most
@@ -77,17 +78,17 @@ class Profiler:
 
             self._map(missing, record, measure_cell)
 
-    def again(self, cells: Sequence[Cell]) -> None:
-        """Measure cells once more, longer; the more certain measurement counts."""
-        second = LatencyTable(self.table.device)
+    def again(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        """Measure cells once more, longer; the rows of the new measurements (tables.FIELDS)."""
+        rows: list[dict[str, Any]] = []
         with self.report.stage("profile doubtful cells again", len(cells)) as advance:
 
             def record(cell: Cell, measured: Measurement | None, status: str) -> None:
-                second.add(cell, measured)
+                rows.append(cell_row(cell, measured, status))
                 advance()
 
             self._map(cells, record, partial(measure_cell, seconds=AGAIN_SECONDS))
-        self.table.merge(second)
+        return rows
 
     def _map(self, cells: Sequence[Cell], record: OnResult, measure: Measure) -> None:
         device_type = self.prepared.device.type

@@ -109,6 +109,11 @@ class LatencyTable:
             append_row(self.path, FIELDS, cell_row(cell, measured, status))
         self.cells[cell] = measured
 
+    def add_row(self, row: Mapping[str, Any], origin: str) -> None:
+        """Add a cell from its row (cell_row), in memory only."""
+        cell, measured = _parse_row({k: str(v) for k, v in row.items()}, origin)
+        self.cells[cell] = measured
+
     def merge(self, other: LatencyTable, cells: Iterable[Cell] | None = None) -> int:
         """Take over what another table of this device knows better; returns how many cells.
 

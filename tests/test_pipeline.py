@@ -163,7 +163,7 @@ def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
     assert metric["dense"] - metric["retrained"] <= 1.0
     # The whole search ran at the bisection's ratio, with the bisection's plan as a contender
     # (which wins where nothing holds that ratio when timed anew, as happens on a loaded machine).
-    assert set(run.plan.baselines) >= {"dense", "uniform_low_rank"}
+    assert set(run.plan.baselines) > {"dense"}
     if run.plan.search["trials"]:
         assert run.plan.search["trials"] == OPTIONS["trials"]
         assert run.plan.search["additivity"]["plans"] >= 5
@@ -222,10 +222,7 @@ def test_kill_nine_at_three_stages_repeats_no_measurement(tmp_path: Path, projec
         assert after[: len(before[log])] == before[log], f"{log}: a finished row was lost"
         columns = {"latency.csv": 9, "probes.csv": 3, "measured.csv": 2}[log]
         keys = [tuple(line.split(",")[:columns]) for line in after]
-        # Doubtful cells are measured again on purpose, once, later than the others.
-        again = sum(int(line.rsplit(",", 1)[1]) for line in lines(out / "measured.csv")
-                    if line.startswith("doubtful cells") and log == "latency.csv")  # fmt: skip
-        assert len(keys) - len(set(keys)) <= again, f"{log}: something was measured twice"
+        assert len(set(keys)) == len(keys), f"{log}: something was measured twice"
     plan = bs.Plan.load(out)
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
@@ -233,6 +230,9 @@ def test_kill_nine_at_three_stages_repeats_no_measurement(tmp_path: Path, projec
     done = subprocess.run([*command, "--resume", str(copy)], env=env, cwd=tmp_path)
     assert done.returncode == 0
     assert bs.Plan.load(copy).choices == plan.choices
+    assert lines(copy / "latency.csv") == lines(out / "latency.csv")
+    added = [line.split(",")[0] for line in lines(copy / "measured.csv")[len(after) :]]
+    assert set(added) <= {"retrained 3 steps"}  # its weights are thrown away at the end of a run
 
 
 def test_the_best_plan_after_retraining_wins_within_the_budget():
