@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from blast_search.errors import BlastSearchError, UsageError
-from blast_search.latency import environment, fingerprint
+from blast_search.latency import describe, fingerprint
 from blast_search.tables import Cell
 
 RESOURCE = "BLAST_SEARCH_RAY_RESOURCE"
@@ -95,11 +95,6 @@ def _probe(address: str) -> None:
             f"no Ray cluster answers at {address} ({error}). Start one with `ray start --head`, "
             "correct --ray-address / RAY_ADDRESS, or use --workers local."
         ) from None
-
-
-def describe(device_type: str, dtype: str) -> dict[str, Any]:
-    """The environment of a node, as a run records it."""
-    return environment(torch.device(device_type)) | {"dtype": dtype}
 
 
 def _describe(device_type: str, dtype: str, threads: int) -> dict[str, Any]:

@@ -72,4 +72,4 @@ def _bounds(layer: LayerSpec, option: Option, widths: Mapping[Key, float]) -> tu
 
 
 def _key(cell: Cell) -> Key:
-    return cell.out_features, cell.in_features, cell.bias, cell.tokens, cell.candidate
+    return *cell.place, cell.candidate

@@ -62,6 +62,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def describe(device_type: str, dtype: str) -> dict[str, Any]:
+    """The environment that a run records and a worker compares: its fingerprint is a table's."""
+    return environment(torch.device(device_type)) | {"dtype": dtype}
+
+
 def _driver() -> str:
     try:
         text = Path("/proc/driver/nvidia/version").read_text()

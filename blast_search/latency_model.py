@@ -64,13 +64,14 @@ class LatencyModel:
     def shares(self, choices: Choices) -> Shares | None:
         """Uncorrected, by block count."""
         shares: Shares = {}
+        dense_us = self.dense_us  # a sum over all layers
         for layer in self.layers:
             candidate = choices.get(layer.name, DENSE)
             cost = self._cost(layer.name, candidate)
             if cost is None:
                 return None
             b = candidate.num_blocks
-            shares[b] = shares.get(b, 0.0) + cost / self.dense_us
+            shares[b] = shares.get(b, 0.0) + cost / dense_us
         return shares
 
     def asked_correction(self, choices: Choices, measured: float) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from blast_search.tables import Cell, Measurement
+from blast_search.tables import Cell, Measurement, Place
 
 NARROW = 0.01  # half-width of a ratio's interval, relative: enough repeats
 WIDE = 0.03  # beyond this a cell is noisy
@@ -160,9 +160,9 @@ def table_noise(cells: Mapping[Cell, Measurement | None]) -> Noise:
     """Judge a latency table by its intervals and by the drift of its dense twins."""
     measured = {cell: m for cell, m in cells.items() if m}
     widths = [m.uncertainty for m in measured.values()]
-    twins: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    twins: dict[Place, list[float]] = defaultdict(list)
     for cell, m in measured.items():
-        twins[cell.out_features, cell.in_features, cell.bias, cell.tokens].append(m.dense_us)
+        twins[cell.place].append(m.dense_us)
     drifts = [
         (float(np.percentile(values, 90)) - float(np.percentile(values, 10))) / median(values)
         for values in twins.values()

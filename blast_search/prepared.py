@@ -10,7 +10,7 @@ from torch import nn
 
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task, workloads_of
-from blast_search.latency import cells_for, environment, fingerprint
+from blast_search.latency import cells_for, describe, fingerprint
 from blast_search.layers import Workload, inventory
 from blast_search.modes import check_mode
 from blast_search.settings import DTYPES, Settings, pick_device
@@ -63,7 +63,7 @@ def prepare(task: Task, settings: Settings, space: SearchSpace) -> Prepared:
             f"({reasons or 'it has none'}). Check include, exclude and output_head of the space."
         )
     space.check(layers)
-    env = environment(device) | {"dtype": settings.dtype}
+    env = describe(device.type, settings.dtype)
     return Prepared(
         task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env
     )

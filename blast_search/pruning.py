@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from blast_search.space import DENSE, Candidate, LayerSpec
-from blast_search.tables import Cell, LatencyTable
+from blast_search.tables import Cell, LatencyTable, Place
 
 MARGIN = 0.08  # for the error of a prediction, on either side
 
@@ -28,7 +28,7 @@ def seed_cells(cells: Iterable[Cell]) -> list[Cell]:
     """Dense, and the smallest, a middle and the largest rank of each block count."""
     groups: dict[tuple[object, ...], list[Cell]] = defaultdict(list)
     for cell in cells:
-        groups[*_place(cell), cell.candidate.num_blocks].append(cell)
+        groups[*cell.place, cell.candidate.num_blocks].append(cell)
     seeds: list[Cell] = []
     for members in groups.values():
         ordered = sorted(members, key=lambda cell: cell.candidate.rank)
@@ -42,9 +42,9 @@ def promising_cells(
     layers: Sequence[LayerSpec], cells: Sequence[Cell], table: LatencyTable
 ) -> list[Cell]:
     """The cells whose candidate some layer could choose, by the predictions of measured ones."""
-    by_place: dict[tuple[object, ...], dict[Candidate, Cell]] = defaultdict(dict)
+    by_place: dict[Place, dict[Candidate, Cell]] = defaultdict(dict)
     for cell in cells:
-        by_place[_place(cell)][cell.candidate] = cell
+        by_place[cell.place][cell.candidate] = cell
     ratios = {place: _ratios(group, table) for place, group in by_place.items()}
     twins = table.dense_us()
     wanted: set[Cell] = set()
@@ -89,7 +89,3 @@ def _ratios(group: Mapping[Candidate, Cell], table: LatencyTable) -> dict[Candid
             ranks, values = zip(*points, strict=True)
             found[candidate] = float(np.interp(candidate.rank, ranks, values))
     return found
-
-
-def _place(cell: Cell) -> tuple[int, int, bool, int]:
-    return cell.out_features, cell.in_features, cell.bias, cell.tokens

@@ -28,7 +28,7 @@ from blast_search.evaluate import (
     workloads_of,
 )
 from blast_search.files import make_folder, read_json, read_rows
-from blast_search.latency import environment, fingerprint
+from blast_search.latency import describe, fingerprint
 from blast_search.latency_model import LatencyModel
 from blast_search.layers import inventory
 from blast_search.model_latency import time_variants
@@ -282,7 +282,7 @@ def verify(
         "latency_ratio_model": timing.ratio_model,
         "macs_ratio": macs,
         "params_ratio": params,
-        "environment": environment(device) | {"dtype": env.get("dtype", "float32")},
+        "environment": describe(device.type, str(env.get("dtype", "float32"))),
     }
     if not silent:
         view = Table(title=f"{folder}: measured, interleaved, {timing.runs} rounds")

@@ -17,6 +17,8 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.files import append_row, read_rows
 from blast_search.space import DENSE, Candidate, LayerSpec
 
+Place = tuple[int, int, bool, int]  # out_features, in_features, bias, tokens
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -31,6 +33,11 @@ class Cell:
     bias: bool
     tokens: int
     candidate: Candidate
+
+    @property
+    def place(self) -> Place:
+        """The dense layer and token count that its candidates compete for."""
+        return self.out_features, self.in_features, self.bias, self.tokens
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ class LatencyTable:
         twins = self.dense_us()
         ratios: dict[tuple[int, Candidate], float] = {}
         for cell, measured in self.cells.items():
-            if measured and _shape(cell) == (*layer.shape, layer.bias):
+            if measured and cell.place[:3] == (*layer.shape, layer.bias):
                 ratios[cell.tokens, cell.candidate] = measured.ratio
         costs: dict[Candidate, float] = {}
         for candidate in {candidate for _, candidate in ratios} | {DENSE}:
@@ -167,12 +174,12 @@ class LatencyTable:
                 costs[candidate] = sum(parts)
         return costs
 
-    def dense_us(self) -> dict[tuple[int, int, bool, int], float]:
+    def dense_us(self) -> dict[Place, float]:
         """The dense time of each (out_features, in_features, bias, tokens)."""
-        samples: dict[tuple[int, int, bool, int], list[float]] = defaultdict(list)
+        samples: dict[Place, list[float]] = defaultdict(list)
         for cell, measured in self.cells.items():
             if measured:
-                samples[(*_shape(cell), cell.tokens)].append(measured.dense_us)
+                samples[cell.place].append(measured.dense_us)
         return {key: median(values) for key, values in samples.items()}
 
 
@@ -193,10 +200,6 @@ def merge_files(sources: Sequence[Path], target: Path) -> LatencyTable:
     for path in sources:
         merged.merge(LatencyTable.open(path, merged.device))
     return merged
-
-
-def _shape(cell: Cell) -> tuple[int, int, bool]:
-    return cell.out_features, cell.in_features, cell.bias
 
 
 def _parse_row(row: Mapping[str, str], origin: str) -> tuple[Cell, Measurement | None]:

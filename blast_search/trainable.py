@@ -23,9 +23,9 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneC
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 
-from blast_search.cluster import RESOURCE, Places, describe
+from blast_search.cluster import RESOURCE, Places
 from blast_search.errors import BlastSearchError
-from blast_search.latency import fingerprint, synchronizer
+from blast_search.latency import describe, fingerprint, synchronizer
 from blast_search.tables import Cell, Measurement
 from blast_search.workers import Measure, OnResult, attempt
 
