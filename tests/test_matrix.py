@@ -56,7 +56,21 @@ KERNEL_SHAPES = [
     (24, 48, 2, 9), (48, 24, 3, 8), (32, 64, 4, 19), (64, 32, 8, 16), (64, 96, 16, 13),
     (10, 20, 5, 24), (12, 8, 4, 1), (140, 33, 1, 9), (96, 64, 1, 40),
 ]  # fmt: skip
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12}
+TOLERANCE = {
+    torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-12,
+}  # fmt: skip
+
+
+@pytest.fixture(
+    params=["float32", "float64", "bfloat16", "bfloat16 upcast", "float16", "float16 upcast"]
+)
+def dtype(request, monkeypatch):
+    """Half types twice: as on a CPU that has products for them, and as on one that has not."""
+    name, _, upcast = request.param.partition(" ")
+    monkeypatch.setattr(kernels, "emulated", lambda dtype: bool(upcast) and dtype.itemsize == 2)
+    choose.cache_clear()
+    yield getattr(torch, name)
+    choose.cache_clear()
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -77,7 +91,6 @@ def oracle(x, u, s, v, bias, grad):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tokens", [0, 1, 6, 7, 70, CPU_CHUNK + 3])
 @pytest.mark.parametrize(("m", "n", "b", "r"), KERNEL_SHAPES)
 def test_forward_and_gradients_against_the_oracle(m, n, b, r, tokens, dtype, threads, monkeypatch):
@@ -132,7 +145,7 @@ def test_kernel_choice_is_explicit():
     many, few = 512, 3
     assert choose(1, 64, torch.float32, "cpu", many) == "lowrank"
     assert choose(4, 64, torch.float32, "cpu", many) == "numba"
-    assert choose(4, 64, torch.bfloat16, "cpu", many) == "numba"
+    assert choose(4, 64, torch.bfloat16, "cpu", few) == "small"
     assert choose(1, 64, torch.float32, "cpu", few) == "small"
     assert choose(4, 64, torch.float32, "cpu", few) == "small"
     assert choose(4, 4, torch.float32, "cpu", few) == "torch"  # less than one vector
@@ -145,6 +158,19 @@ def test_kernel_choice_is_explicit():
     assert kernels.label("numba") != kernels.label("torch")
     with pytest.raises(ValueError, match="expected one of lowrank"):
         coupling("magic")
+
+
+@pytest.mark.parametrize("b", [1, 4])
+def test_half_types_are_computed_in_float32_where_the_cpu_lacks_them(b, dtype):
+    half = dtype.itemsize == 2
+    name = choose(b, 64, dtype, "cpu", 512)
+    assert (name == "upcast") == (half and kernels.emulated(dtype))
+    assert choose(b, 64, dtype, "cuda", 512) != "upcast"
+
+
+def test_float32_and_float64_are_never_emulated():
+    assert not kernels.emulated(torch.float32)
+    assert not kernels.emulated(torch.float64)
 
 
 def test_compiled_kernels_leave_the_number_of_threads_alone(project):

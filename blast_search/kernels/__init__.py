@@ -6,8 +6,8 @@
 `choose` names the implementation for a case; the name, with a hash of its source, is part of a
 latency cell's key, so a latency measured with one kernel is never used for another.
 
-"triton" (kernels/triton.py) has a forward and a backward of its own.  The others are two batched
-matrix products with the coupling step in between:
+"triton" (kernels/triton.py) has a forward and a backward of its own; "upcast" computes a half
+type in float32.  The others are two batched matrix products with the coupling step in between:
 
     z_j = x_j V_j      w_i = sum_j s_ij * z_j      y_i = w_i U_i^T + bias_i
 
@@ -35,6 +35,7 @@ SOURCES = {
     "small": ("__init__.py", "small.py", "steps.py", "vectors.py", "launch.py"),
     "torch": ("__init__.py", "reference.py"),
     "numba": ("__init__.py", "cpu.py", "steps.py", "vectors.py", "launch.py"),
+    "upcast": ("__init__.py", "cpu.py", "steps.py", "vectors.py", "launch.py", "reference.py"),
     "triton": ("__init__.py", "triton.py", "triton_kernels.py", "triton_tune.py"),
 }
 
@@ -44,13 +45,18 @@ CPU_CHUNK = 512
 # Up to so many tokens, one compiled call for all three stages beats three PyTorch calls.
 SMALL_TOKENS = 16
 
+# From so many output numbers on, writing through a stride pays: below, on several threads, one
+# contiguous product and a copy is up to 1.5 times as fast (b = 16), above up to 1.3 times slower.
+DIRECT_OUTPUT = 1 << 17
+
 
 @functools.cache
 def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tokens: int) -> str:
     """The kernel for inference in a case, a key of SOURCES.
 
     "lowrank" (b = 1) is two plain products; "small" all three stages in one call, for up to
-    SMALL_TOKENS tokens on a CPU; the gradients of "small" come from "numba".
+    SMALL_TOKENS tokens on a CPU; the gradients of "small" come from "numba".  "upcast" is for
+    half types that the CPU has no products for.
     """
     if device_type == "cuda" and num_blocks > 1:
         known = dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -61,9 +67,26 @@ def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tok
         if cpu.supports(num_blocks, rank, dtype):
             if tokens <= SMALL_TOKENS:
                 return "small"
+            if emulated(dtype):
+                return "upcast"
             if num_blocks > 1:
                 return "numba"
+        if emulated(dtype):
+            return "upcast"
     return "lowrank" if num_blocks == 1 else "torch"
+
+
+@functools.cache
+def emulated(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has only slow products of this half type on this CPU.
+
+    Without AVX-512 or AMX they take 5 to 40 times as long as float32's, conversions included.
+    """
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    try:
+        return kind is not None and not getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")()
+    except AttributeError:  # built without oneDNN
+        return True
 
 
 @functools.cache
@@ -113,6 +136,12 @@ def forward(
     if name == "small" and not keep:
         y = _module("small").forward(x, u.contiguous(), s.contiguous(), v.contiguous(), bias)
         return y, None
+    if x.is_cpu and emulated(x.dtype):
+        wide = choose(len(u), u.shape[2], torch.float32, "cpu", len(x))
+        add = None if bias is None else bias.float()
+        with torch.autocast("cpu", enabled=False):
+            y, z = forward(x.float(), u.float(), s.float(), v.float(), add, wide, keep)
+        return y.to(x.dtype), z
     if name == "triton":
         return _module("triton").forward(x, u, s, v, bias=bias), None
     if len(u) == 1 and not keep:
@@ -122,17 +151,27 @@ def forward(
     tokens, n = x.shape
     s, ut = s.contiguous(), u.mT
     blocks = x.as_strided((b, tokens, n // b), (n // b, x.stride(0), 1))
-    z = None
-    if keep or tokens <= CPU_CHUNK or x.device.type != "cpu":
-        z = torch.bmm(blocks, v)
-        y = _joined(torch.bmm(couple(z, s), ut), bias, None)
-    else:
-        y = x.new_empty(tokens, b, p)
-        for start in range(0, tokens, CPU_CHUNK):
-            rows = slice(start, start + CPU_CHUNK)
-            part = torch.bmm(couple(torch.bmm(blocks[:, rows], v), s), ut)
-            _joined(part, bias, y[rows])
+    y = x.new_empty(tokens, b, p)
+    step = CPU_CHUNK if x.is_cpu and not keep else max(tokens, 1)
+    z = x.new_empty(b, 0, u.shape[2])
+    for start in range(0, tokens, step):
+        rows = slice(start, start + step)
+        z = torch.bmm(blocks[:, rows], v)
+        _up(couple(z, s), ut, bias, y[rows])
     return y.view(tokens, b * p), z if keep else None
+
+
+def _up(w: Tensor, ut: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out_i = w_i U_i^T + bias_i; w (b, T, r), ut (b, r, p), bias (b p), out (T, b, p)."""
+    b, p = len(w), ut.shape[2]
+    few = torch.get_num_threads() > 1 and out.numel() < DIRECT_OUTPUT
+    if few or not w.is_cpu or w.itemsize < 4:
+        part = torch.bmm(w, ut).transpose(0, 1)
+        out.copy_(part) if bias is None else torch.add(part, bias.view(b, p), out=out)
+    elif bias is None:
+        torch.bmm(w, ut, out=out.transpose(0, 1))
+    else:
+        torch.baddbmm(bias.view(b, 1, p), w, ut, out=out.transpose(0, 1))
 
 
 def low_rank(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,16 +180,6 @@ def low_rank(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) ->
     scale = s.view(-1).to(z.dtype)
     z = z * scale if torch.is_grad_enabled() else z.mul_(scale)
     return torch.nn.functional.linear(z, u.squeeze(0), bias)
-
-
-def _joined(part: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """(b, T, p) -> (T, b, p), the bias added on the way."""
-    b, tokens, p = part.shape
-    if out is None:
-        out = part.new_empty(tokens, b, p)
-    if bias is None:
-        return out.copy_(part.transpose(0, 1))
-    return torch.add(part.transpose(0, 1), bias.view(b, p), out=out)
 
 
 def backward(
@@ -170,6 +199,15 @@ def backward(
     if name == "triton":
         grads: Gradients = _module("triton").backward(grad, x, u, s, v, needs)
         return grads
+    if x.is_cpu and emulated(x.dtype):
+        wide = choose(len(u), u.shape[2], torch.float32, "cpu", len(x))
+        z = None if z is None else z.float()
+        with torch.autocast("cpu", enabled=False):
+            found = backward(
+                grad.float(), x.float(), u.float(), s.float(), v.float(), z, needs, wide
+            )
+        dx, du, ds, dv = (None if t is None else t.to(x.dtype) for t in found)
+        return dx, du, ds, dv
     module = coupling(name)
     (b, p, _), q = u.shape, v.shape[1]
     tokens = len(x)
@@ -186,6 +224,6 @@ def backward(
         dz = module.couple(dw, s.transpose(0, 1).contiguous())
         dx = x.new_empty(x.shape) if needs[0] else None
         if dx is not None:
-            dx.view(tokens, b, q).copy_(torch.bmm(dz, v.transpose(1, 2)).transpose(0, 1))
+            _up(dz, v.mT, None, dx.view(tokens, b, q))
         dv = torch.bmm(blocks.transpose(1, 2), dz) if needs[3] else None
     return dx, du, ds, dv
