@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from blast_search import BlastLinear
 from blast_search.batches import call_model
-from blast_search.kernels import CPU_CHUNK, SMALL_TOKENS, coupling, small
+from blast_search.kernels import SMALL_TOKENS, coupling, small
 from blast_search.latency import environment, interleave
 from blast_search.layers import Workload, get_modules, inventory, set_modules, stubs
 from blast_search.space import LayerSpec, SearchSpace
@@ -37,6 +37,7 @@ from blast_search.tasks import load_task
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = (1, 4)
 KEEP = 0.3
+CPU_CHUNK = 512  # tokens per pass
 
 
 def rank_of(m: int, n: int, b: int) -> int:

@@ -48,7 +48,8 @@ def blast_matmul(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
         x, u, s, v = x.to(dtype), u.to(dtype), s.to(dtype), v.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if observed and len(u) == 1 and torch.compiler.is_compiling():
-        return kernels.low_rank(x, u, s, v, bias)  # plain products, which a compiler can fuse
+        # Plain products, which a compiler can fuse.
+        return kernels.composed.low_rank(x, u, s, v, bias)
     return (product.matmul if observed else product.eager)(x, u, s, v, bias)
 
 

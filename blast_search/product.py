@@ -107,7 +107,7 @@ def eager(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Te
         t is not None and t.requires_grad for t in (x, u, s, v, bias)
     ):
         if len(u) == 1 and not (x.is_cpu and kernels.emulated(x.dtype)):
-            return kernels.low_rank(x, u, s, v, bias)
+            return kernels.composed.low_rank(x, u, s, v, bias)
         return _Product.apply(x, u, s, v, bias)  # type: ignore[no-any-return,no-untyped-call]
     return _forward(x, u, s, v, bias)[0]
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from blast_search import BlastLinear, blast_matmul, kernels, product
-from blast_search.kernels import CPU_CHUNK, choose, coupling, cpu, small
+from blast_search.kernels import choose, composed, coupling, cpu, small, tiled
 from blast_search.matrix import to_dense
 
 SHAPES = [  # out_features, in_features, b, r
     (8, 8, 1, 3), (12, 8, 2, 1), (24, 48, 4, 5), (48, 24, 3, 7), (32, 64, 8, 9), (64, 32, 16, 2),
 ]  # fmt: skip
-INPUTS = [(1,), (7,), (2, 3), (0,), (600,), (2, 2, 2)]  # leading shapes; 600 > one CPU chunk
+INPUTS = [(1,), (7,), (2, 3), (0,), (600,), (2, 2, 2)]  # leading shapes; 600: several passes
 
 
 def factors(m: int, n: int, b: int, r: int, dtype: torch.dtype = torch.float64):
@@ -91,11 +91,14 @@ def oracle(x, u, s, v, bias, grad):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("tokens", [0, 1, 6, 7, 70, CPU_CHUNK + 3])
+@pytest.mark.parametrize("tokens", [0, 1, 6, 7, 70, 515])
 @pytest.mark.parametrize(("m", "n", "b", "r"), KERNEL_SHAPES)
 def test_forward_and_gradients_against_the_oracle(m, n, b, r, tokens, dtype, threads, monkeypatch):
     monkeypatch.setattr(cpu, "SERIAL_MACS", 0)
     monkeypatch.setattr(small, "SERIAL_MACS", 0 if threads > 1 else 10**9)
+    monkeypatch.setattr(composed, "PASS_NUMBERS", 0)  # passes of MIN_PASS tokens
+    monkeypatch.setattr(composed, "DIRECT_OUTPUT", 10_000)
+    monkeypatch.setattr(tiled, "SERIAL_MACS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -143,8 +146,8 @@ def test_nan_is_not_rounded_away_in_bfloat16():
 
 def test_kernel_choice_is_explicit():
     many, few = 512, 3
-    assert choose(1, 64, torch.float32, "cpu", many) == "lowrank"
-    assert choose(4, 64, torch.float32, "cpu", many) == "numba"
+    assert choose(1, 64, torch.float32, "cpu", many) == "tiled"
+    assert choose(4, 64, torch.float32, "cpu", many) == "tiled"
     assert choose(4, 64, torch.bfloat16, "cpu", few) == "small"
     assert choose(1, 64, torch.float32, "cpu", few) == "small"
     assert choose(4, 64, torch.float32, "cpu", few) == "small"
@@ -158,6 +161,30 @@ def test_kernel_choice_is_explicit():
     assert kernels.label("numba") != kernels.label("torch")
     with pytest.raises(ValueError, match="expected one of lowrank"):
         coupling("magic")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("m", "n", "b", "r"), KERNEL_SHAPES)
+def test_without_sgemm_the_parts_give_the_same(m, n, b, r, bias, monkeypatch):
+    """A PyTorch whose BLAS cannot be called from outside goes through composed.py."""
+    tensors = [t.float() for t in (*factors(m, n, b, r), torch.randn(m))]
+    arguments = (torch.randn(70, n), *tensors[:3], tensors[3] if bias else None)
+    with torch.inference_mode():
+        tile = blast_matmul(*arguments)
+        monkeypatch.setattr(tiled, "available", lambda: False)
+        choose.cache_clear()
+        name = choose(b, r, torch.float32, "cpu", 70)
+        assert name in ("numba", "lowrank", "torch")
+        torch.testing.assert_close(tile, blast_matmul(*arguments), rtol=1e-4, atol=1e-4)
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize(("tokens", "width", "threads"), [(17, 64, 16), (512, 1152, 2), (3, 1, 1)])
+def test_tiles_share_the_tokens(tokens, width, threads):
+    size = tiled.tile_size(tokens, width, threads)
+    assert tiled.MIN_SHARE <= size <= tiled.MAX_TILE
+    tiles = -(-tokens // size)
+    assert tiles <= threads or tiles % threads in (0, threads - 1)
 
 
 @pytest.mark.parametrize("b", [1, 4])

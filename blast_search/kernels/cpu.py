@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from numba import njit
 from torch import Tensor
 
 from blast_search.kernels.launch import Kernel, compile_kernel, run
@@ -20,8 +22,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
-def _couple_kernel(blocks: int, bf16: bool) -> Kernel:
-    """w_i = sum_j s_ij * z_j; the task holds addresses of z, s, w, and tokens, rank."""
+def couple_tokens(blocks: int, bf16: bool) -> Any:
+    """Compiled: w_i = sum_j s_ij * z_j for tokens first to last - 1.
+
+    Its arguments: addresses of z, s, w; the stride of z's and w's blocks; first, last; the rank.
+    """
     pack_s, pack_z = pack_step(1, blocks, bf16), pack_step(blocks, TOKENS, bf16)
     pack_one = pack_step(blocks, 1, bf16)
     pair, single = (couple_step(blocks, rows, TOKENS, bf16) for rows in (2, 1))
@@ -30,41 +35,52 @@ def _couple_kernel(blocks: int, bf16: bool) -> Kernel:
     size = 2 if bf16 else 4
     s_step = blocks * 4 * LANES
 
+    @njit  # type: ignore[untyped-decorator]
+    def part(z: int, s: int, w: int, block: int, first: int, last: int, rank: int) -> None:
+        token = rank * size
+        packed_s, packed_z = couplings(), inputs()
+        for k in range(0, rank, LANES):
+            # The last vector overlaps the one before: no scalar remainder.
+            at = min(k, rank - LANES) * size
+            for i in range(blocks):
+                pack_s((packed_s + i * s_step, s + i * blocks * token + at, token, token))
+            t = first
+            while t + TOKENS <= last:
+                here = t * token + at
+                pack_z((packed_z, z + here, block, token))
+                for i in range(0, blocks, 2):
+                    si, wi = packed_s + i * s_step, w + here + i * block
+                    if i + 1 < blocks:
+                        pair((packed_z, si, wi, block, token))
+                    else:
+                        single((packed_z, si, wi, block, token))
+                t += TOKENS
+            while t < last:
+                here = t * token + at
+                pack_one((packed_z, z + here, block, token))
+                for i in range(blocks):
+                    si, wi = packed_s + i * s_step, w + here + i * block
+                    one((packed_z, si, wi, block, token))
+                t += 1
+
+    return part
+
+
+@functools.cache
+def _couple_kernel(blocks: int, bf16: bool) -> Kernel:
+    """w_i = sum_j s_ij * z_j; the task holds addresses of z, s, w, and tokens, rank."""
+    part = couple_tokens(blocks, bf16)
+    size = 2 if bf16 else 4
+
     def kernel(task: int) -> None:
         z, s, w, tokens, rank = (
             read(task, 3), read(task, 4), read(task, 5), read(task, 6), read(task, 7),
         )  # fmt: skip
-        token = rank * size
-        block = tokens * token
-        packed_s, packed_z = couplings(), inputs()
         while True:
             first = TILE * take(task)
             if first >= tokens:
                 break
-            last = min(tokens, first + TILE)
-            for k in range(0, rank, LANES):
-                # The last vector overlaps the one before: no scalar remainder.
-                at = min(k, rank - LANES) * size
-                for i in range(blocks):
-                    pack_s((packed_s + i * s_step, s + i * blocks * token + at, token, token))
-                t = first
-                while t + TOKENS <= last:
-                    here = t * token + at
-                    pack_z((packed_z, z + here, block, token))
-                    for i in range(0, blocks, 2):
-                        si, wi = packed_s + i * s_step, w + here + i * block
-                        if i + 1 < blocks:
-                            pair((packed_z, si, wi, block, token))
-                        else:
-                            single((packed_z, si, wi, block, token))
-                    t += TOKENS
-                while t < last:
-                    here = t * token + at
-                    pack_one((packed_z, z + here, block, token))
-                    for i in range(blocks):
-                        si, wi = packed_s + i * s_step, w + here + i * block
-                        one((packed_z, si, wi, block, token))
-                    t += 1
+            part(z, s, w, tokens * rank * size, first, min(tokens, first + TILE), rank)
 
     return compile_kernel(kernel)
 
@@ -123,14 +139,14 @@ def supports(num_blocks: int, rank: int, dtype: torch.dtype) -> bool:
     return num_blocks <= MAX_BLOCKS and rank >= LANES and dtype in DTYPES
 
 
-def couple(z: Tensor, s: Tensor) -> Tensor:
+def couple(z: Tensor, s: Tensor, out: Tensor | None = None) -> Tensor:
     """w_i = sum_j s_ij * z_j, accumulated in float32.
 
     Args:
-        z: (b, T, r), contiguous. s: (b, b, r), contiguous, the dtype of z.
+        z, out: (b, T, r), contiguous. s: (b, b, r), contiguous. All of one dtype.
     """
     b, tokens, r = z.shape
-    w = torch.empty_like(z)
+    w = torch.empty_like(z) if out is None else out
     if tokens:
         kernel = _couple_kernel(b, z.dtype == torch.bfloat16)
         values = (z.data_ptr(), s.data_ptr(), w.data_ptr(), tokens, r)

@@ -38,12 +38,24 @@ def compile_kernel(body: Callable[[int], None]) -> Kernel:
 
 
 @functools.cache
+def libraries() -> tuple[ctypes.CDLL, ...]:
+    """PyTorch's CPU library, in which its OpenMP runtime and its BLAS can be looked up."""
+    found = []
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+        try:
+            found.append(ctypes.CDLL(str(path)))
+        except OSError:
+            continue
+    return tuple(found)
+
+
+@functools.cache
 def _openmp() -> Callable[..., None] | None:
     """GOMP_parallel of the OpenMP runtime that PyTorch runs on, or None."""
-    for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
+    for library in libraries():
         try:
-            start = ctypes.CDLL(str(library)).GOMP_parallel
-        except (OSError, AttributeError):
+            start = library.GOMP_parallel
+        except AttributeError:
             continue
         start.restype = None
         start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]

@@ -133,7 +133,7 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def _work_space(numbers: int) -> int:
+def work_space(numbers: int) -> int:
     """The address of at least so many float32, kept for the thread's next call."""
     if numbers > _local.space.numel():
         _local.space = torch.empty(2 * numbers)
@@ -151,7 +151,7 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> 
     if not tokens:
         return y
     padded = (r + LANES - 1) // LANES * LANES
-    z = _work_space(2 * b * tokens * padded)
+    z = work_space(2 * b * tokens * padded)
     values = (
         x.data_ptr(), u.data_ptr(), s.data_ptr(), v.data_ptr(),
         0 if bias is None else bias.data_ptr(), z, z + 4 * b * tokens * padded, y.data_ptr(),

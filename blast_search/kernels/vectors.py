@@ -147,6 +147,18 @@ def put_zero(typingctx: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def copy(typingctx: Any, target: Any, source: Any, size: Any) -> Any:
+    """Copy bytes from one address to another; the ranges must not overlap."""
+
+    def codegen(context: Any, builder: Builder, signature: Any, values: Any) -> Value:
+        places = [_pointer(builder, value, ir.IntType(8)) for value in values[:2]]
+        cgutils.raw_memcpy(builder, *places, values[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def take(typingctx: Any, address: Any) -> Any:
     """Atomically add one to the int64 at an address; returns what was there."""
 
