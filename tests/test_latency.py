@@ -49,7 +49,7 @@ def test_cells_are_shared_between_equal_layers():
     assert len(layers) == 6
     assert len({(c.out_features, c.in_features) for c in cells}) == 2
     assert len(cells) == 2 * len(SPACE.candidates(layers[0]))
-    assert {c.kernel.partition("-")[0] for c in cells} == {"dense", "lowrank", "numba"}
+    assert {c.kernel.partition("-")[0] for c in cells} == {"dense", "tiled"}
 
 
 def test_measure_cell_has_a_spread_and_a_twin():
