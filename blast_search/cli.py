@@ -18,6 +18,7 @@ from blast_search.options import (
     BudgetOption,
     DeviceOption,
     DtypeOption,
+    EveryOption,
     JsonOption,
     ModeOption,
     OutOption,
@@ -79,6 +80,7 @@ def search(
     dtype: DtypeOption = "float32",
     mode: ModeOption = "eager",
     profile: ProfileOption = "full",
+    every_workload: EveryOption = False,
     workers: WorkersOption = "auto",
     ray_address: AddressOption = None,
     storage: Annotated[

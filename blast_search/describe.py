@@ -16,6 +16,7 @@ from blast_search.engine import Contender, Engine
 from blast_search.evaluate import describe_workloads, size_ratios
 from blast_search.files import write_rows
 from blast_search.latency_model import error_statistics
+from blast_search.model_latency import Timing
 from blast_search.noise import table_noise
 from blast_search.plan import FrontPoint, LayerPlan, Plan, pareto
 from blast_search.price import price
@@ -49,7 +50,7 @@ class Describer:
         key = next((k for k, c in decision.baselines.items() if c is chosen), "searched")
         dense = decision.dense
         span = dense.dense_ms - dense.fixed_ms
-        ratio = engine.latency.ratio(chosen.choices, 1.0)
+        ratio = engine.latency.total(chosen.choices, 1.0)
         metric: dict[str, Any] = {
             "name": p.task.metric[0],
             "higher_is_better": p.task.metric[1],
@@ -81,7 +82,8 @@ class Describer:
             task=s.task,
             workload=describe_workloads(p.workloads),
             environment=p.environment | {"mode": p.mode},
-            budget={"value": s.budget, "scope": s.budget_scope, "max_drop": s.max_drop},
+            budget={"value": s.budget, "scope": s.budget_scope, "max_drop": s.max_drop}
+            | ({"every_workload": engine.latency.workloads} if s.every_workload else {}),
             predicted={
                 "latency_ms": None if ratio is None else dense.fixed_ms + ratio * span,
                 "latency_ratio_layers": ratio,
@@ -109,12 +111,17 @@ class Describer:
             },
             "latency_ratio_layers": t.ratio_layers,
             "latency_ratio_layers_ci95": list(t.ratio_layers_ci95),
+            "latency_ratio_layers_by_workload": self.by_workload(t),
             "latency_ratio_model": t.ratio_model,
             "latency_ratio_model_ci95": list(t.ratio_model_ci95),
             "macs_ratio": macs,
             "params_ratio": params,
             "metric": metric,
         }  # fmt: skip
+
+    def by_workload(self, timing: Timing) -> dict[str, float]:
+        names = [w.name for w in self.pipeline.prepared.workloads]
+        return dict(zip(names, timing.by_workload, strict=True))
 
     def evidence(self, decision: Decision, chosen: Contender) -> dict[str, Any]:
         """How the search went: gap, trials, additivity, prices, prediction errors (plan.json)."""

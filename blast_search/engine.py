@@ -153,7 +153,7 @@ class Engine:
         That is the measured ratio where the final timing has the plan, else what the table with
         its last correction predicts: corrections differ between stages of the search.
         """
-        timed = {digest(c.choices): c.timing.ratio_layers for c in (*others, searched)}
+        timed = {digest(c.choices): self.latency_ratio(c.timing) for c in (*others, searched)}
         loss = self.true_loss("searched", searched.choices)
         noted = [(q.name, q.loss, q.choices) for q in self.points]
         points = []
@@ -193,10 +193,14 @@ class Engine:
         if all(c.is_dense for c in choices.values()):
             return 1.0
         if self.by_time:
-            return timing.ratio_layers
+            return self.latency_ratio(timing)
         ratio = self.predicted_ratio(choices)
         assert ratio is not None
         return ratio
+
+    def latency_ratio(self, timing: Timing) -> float:
+        """The layers' measured ratio; of the worst workload, where a budget holds on each."""
+        return max(timing.by_workload) if self.latency.workloads else timing.ratio_layers
 
     def options(self) -> dict[str, list[Option]]:
         """What the solver may choose; never a candidate that is slower than dense."""
@@ -222,8 +226,9 @@ class Engine:
         if self.space.uniform:
             return self.best_uniform(ratio, self.space.num_blocks)
         solution = solver.solve(
-            self.options(), ratio * self.dense_cost, weights, ties=ties_of(self.layers), gap=gap
-        )
+            self.options(), ratio * self.dense_cost, weights, ties=ties_of(self.layers),
+            limits=self.latency.limits(ratio), gap=gap,
+        )  # fmt: skip
         self.gap = max(self.gap, solution.gap)
         return solution.choices
 

@@ -53,7 +53,7 @@ class Task(Protocol):
 
 def parse_workload(spec: str) -> list[tuple[str, int, int, float]]:
     """ "8x128" or "prefill:1x2048,decode:8x1@0.7" -> (name, batch size, length, weight)."""
-    parsed = []
+    parsed: list[tuple[str, int, int, float]] = []
     for index, part in enumerate(spec.split(",")):
         head, _, weight = part.partition("@")
         name, _, size = head.rpartition(":")
@@ -66,6 +66,11 @@ def parse_workload(spec: str) -> list[tuple[str, int, int, float]]:
             raise UsageError(
                 f"workload '{part}' is not understood, expected [NAME:]BATCHxLENGTH[@WEIGHT], "
                 "for instance 8x128 or prefill:1x2048,decode:8x1@0.7."
+            )
+        if item[0] in {name for name, *_ in parsed}:
+            raise UsageError(
+                f"workload '{spec}' has two parts named {item[0]}: give each its own name, "
+                "for instance prefill:1x2048,decode:8x1@0.7."
             )
         parsed.append(item)
     return parsed

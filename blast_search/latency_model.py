@@ -10,11 +10,13 @@ to the plans of one kind that the closed loop builds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
+from blast_search.hull import Limit
 from blast_search.plan import Choices
 from blast_search.space import DENSE, Candidate, LayerSpec
 from blast_search.tables import LatencyTable
@@ -27,13 +29,29 @@ Shares = dict[int, float]  # block count (0: left dense) -> share of the dense l
 
 @dataclass
 class LatencyModel:
-    """Predicts the layer latency ratio of any plan, also at ranks between measured ones."""
+    """Predicts the layer latency ratio of any plan, also at ranks between measured ones.
+
+    Attributes:
+        workloads: names, where a budget holds on each of them: the ratio of a plan is then its
+            largest over them.  Without names it is that of their weighted sum.
+    """
 
     layers: Sequence[LayerSpec]
     table: LatencyTable
     correction: float = 1.0
     factors: dict[int, float] = field(default_factory=dict)
+    workloads: Sequence[str] = ()
     _costs: dict[str, dict[Candidate, float]] = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> tuple[LatencyModel, ...]:
+        """This model for each of `workloads` alone, uncorrected; itself where there are none."""
+        if not self.workloads:
+            return (self,)
+        return tuple(
+            LatencyModel([ly for ly in map(only, self.layers) if ly.calls], self.table)
+            for only in (lambda ly, w=w: _in_workload(ly, w) for w in self.workloads)
+        )
 
     def costs(self, name: str) -> dict[Candidate, float]:
         if not self._costs:
@@ -42,6 +60,7 @@ class LatencyModel:
 
     def table_changed(self) -> None:
         self._costs = {}
+        self.__dict__.pop("parts", None)
 
     @property
     def dense_us(self) -> float:
@@ -55,11 +74,37 @@ class LatencyModel:
 
     def ratio(self, choices: Choices, correction: float | None = None) -> float | None:
         """Corrected layer latency ratio; None if a block count of the plan was never measured."""
-        shares = self.shares(choices)
+        ratios = [self._ratio(part, choices, correction) for part in self.parts]
+        return max((r for r in ratios if r is not None), default=None)
+
+    def total(self, choices: Choices, correction: float | None = None) -> float | None:
+        """The ratio of the weighted sum, whether or not a budget holds on each workload."""
+        return self._ratio(self, choices, correction)
+
+    def _ratio(
+        self, part: LatencyModel, choices: Choices, correction: float | None
+    ) -> float | None:
+        shares = part.shares(choices)
         if shares is None:
             return None
         correction = self.correction if correction is None else correction
         return shares.get(0, 0.0) + correction * replaced(shares, self.factors)
+
+    def limits(self, ratio: float) -> list[Limit]:
+        """The solver's constraints for a ratio on each of `workloads`; the sum's is not here."""
+        if not self.workloads:
+            return []
+
+        def usage(part: LatencyModel) -> Callable[[str, Candidate], float]:
+            called = {layer.name for layer in part.layers}
+            return lambda name, candidate: (
+                part.costs(name)[candidate] * self.factor(candidate) if name in called else 0.0
+            )
+
+        return [
+            Limit(f"workload {name}", usage(part), ratio * part.dense_us)
+            for name, part in zip(self.workloads, self.parts, strict=True)
+        ]
 
     def shares(self, choices: Choices) -> Shares | None:
         """Uncorrected, by block count."""
@@ -76,9 +121,13 @@ class LatencyModel:
 
     def asked_correction(self, choices: Choices, measured: float) -> float:
         """The correction that would have predicted a measured ratio exactly."""
-        shares = self.shares(choices) or {}
-        part = replaced(shares, self.factors)
-        return (measured - shares.get(0, 0.0)) / part if part > 0 else 1.0
+        asked = []
+        for part in self.parts:
+            shares = part.shares(choices) or {}
+            variable = replaced(shares, self.factors)
+            if variable > 0:
+                asked.append((measured - shares.get(0, 0.0)) / variable)
+        return min(asked, default=1.0)
 
     def _cost(self, name: str, candidate: Candidate) -> float | None:
         costs = self.costs(name)
@@ -90,6 +139,10 @@ class LatencyModel:
             return None
         ranks, values = zip(*points, strict=True)
         return float(np.interp(candidate.rank, ranks, values))
+
+
+def _in_workload(layer: LayerSpec, workload: str) -> LayerSpec:
+    return replace(layer, calls=tuple(c for c in layer.calls if c.workload == workload))
 
 
 def replaced(shares: Shares, factors: Mapping[int, float]) -> float:

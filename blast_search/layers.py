@@ -122,10 +122,10 @@ def _trace(
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     heads = {head} if isinstance(head, nn.Module) else set()
-    weight = 1.0
+    weight, name = 1.0, ""
 
     def record(module: nn.Module, _args: Any, output: Any) -> None:
-        calls[module].append(Call(output.numel() // output.shape[-1], weight))
+        calls[module].append(Call(output.numel() // output.shape[-1], weight, name))
         outputs[module] = output  # kept alive, so that its storage is not reused
 
     hooks = [module.register_forward_hook(record) for module in linears]
@@ -133,7 +133,7 @@ def _trace(
     try:
         model.eval()
         for workload in workloads:
-            weight = workload.weight
+            weight, name = workload.weight, workload.name
             try:
                 with torch.no_grad():
                     output = call_model(model, to_device(workload.batch, model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class Timing:
     ratio_layers_ci95: tuple[float, float]
     ratio_model: float
     ratio_model_ci95: tuple[float, float]
+    by_workload: tuple[float, ...] = ()  # ratio_layers of each workload alone
 
 
 def untrained(
@@ -78,6 +79,7 @@ def time_variants(
         name: before | dict(modules) for name, modules in variants.items()
     }
     total: dict[str, np.ndarray] = {}
+    alone: list[dict[str, np.ndarray]] = []
     training = model.training
     try:
         model.eval()
@@ -107,6 +109,7 @@ def time_variants(
                     best_of=2,
                     enough=_narrow,
                 )
+            alone.append(times)
             rounds = min(map(len, [*times.values(), *total.values()]))
             for name, values in times.items():
                 total[name] = total.get(name, 0.0) + values[:rounds] * share.weight / 1e3
@@ -114,7 +117,19 @@ def time_variants(
     finally:
         set_modules(model, layers, before)
         model.train(training)
-    return {name: _timing(total, name) for name in ("dense", *variants)}
+    return {
+        name: replace(
+            _timing(total, name),
+            by_workload=tuple(float(np.nanmedian(_layer_ratios(t, name))) for t in alone),
+        )
+        for name in ("dense", *variants)
+    }
+
+
+def _layer_ratios(times: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """(variant - fixed) / (dense - fixed) of every round; NaN where other load upset it."""
+    mine, dense, fixed = times[name], times["dense"], times["fixed"]
+    return (mine - fixed) / np.where(dense > fixed, dense - fixed, np.nan)  # type: ignore[no-any-return]
 
 
 def _narrow(samples: Mapping[str, Sequence[float]]) -> bool:
@@ -134,8 +149,7 @@ def _timing(times: Mapping[str, np.ndarray], name: str) -> Timing:
             f"the searched layers take no measurable time: dense {dense_ms:.3f} ms, everything "
             f"outside them {fixed_ms:.3f} ms. Use a larger workload."
         )
-    span = np.where(dense > fixed, dense - fixed, np.nan)  # a round upset by other load
-    layers, model = (mine - fixed) / span, mine / dense
+    layers, model = _layer_ratios(times, name), mine / dense
     picks = np.random.default_rng(0).integers(0, len(mine), (500, len(mine)))
 
     def interval(values: np.ndarray) -> tuple[float, float]:

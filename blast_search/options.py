@@ -17,6 +17,9 @@ SpaceOption = Annotated[str, typer.Option(help="Search space: a shipped name or 
 WorkloadOption = Annotated[
     str | None, typer.Option(help="[NAME:]BATCHxLENGTH[@WEIGHT],... instead of the task's own.")
 ]
+EveryOption = Annotated[
+    bool, typer.Option("--every-workload", help="The budget holds on each, not only on their sum.")
+]
 ModeOption = Annotated[
     str, typer.Option(help="Timed calls: eager, compiled, cuda-graph; -cold: flushed.")
 ]

@@ -71,6 +71,7 @@ def search(
     seed: int = 0,
     mode: str = "eager",
     profile: str = "full",
+    every_workload: bool = False,
     report: Reporter = SILENT,
 ) -> Run:
     """Search, build, retrain and verify the plan that meets the budgets (README, "Commands").
@@ -83,6 +84,7 @@ def search(
         resume: continue the run in `out`; nothing that was measured is measured again.
         mode: how calls are timed (modes.py): "eager", "compiled", "cuda-graph".
         profile: "full" measures every candidate's cells, "pruned" those that could be chosen.
+        every_workload: the budget holds on each workload, not only on their weighted sum.
 
     Returns:
         The finished run.
@@ -95,6 +97,7 @@ def search(
     settings = Settings(
         task if isinstance(task, str) else task.name, budget, budget_scope, max_drop, space_name,
         workload, device, dtype, mode, profile, storage, trials, time_limit, retrain_steps, seed,
+        every_workload,
     )  # fmt: skip
     settings.check()
     with opened(settings, task, space, out, resume, workers, ray_address, report) as pipeline:
@@ -184,7 +187,8 @@ class Pipeline:
         table = LatencyTable.open(self.folder / "latency.csv", p.fingerprint)
         self.profiler(table).run(self.settings.profile)
         self._timed("profile", since)
-        latency = self.checked(LatencyModel(p.layers, table))
+        names = [w.name for w in p.workloads] if self.settings.every_workload else []
+        latency = self.checked(LatencyModel(p.layers, table, workloads=names))
         since = time.monotonic()
         engine = self.scored(latency)
         self._timed("score", since)

@@ -115,10 +115,15 @@ def plan_at(run: Path, ratio: float) -> Plan:
         max(o.cost_us for o in opts if o.candidate.is_dense) for opts in options.values()
     )
     factors = {int(b): float(f) for b, f in (base.search.get("factors") or {}).items()}
-    latency = LatencyModel(layers, table, float(base.search.get("correction") or 1.0), factors)
+    every = base.budget.get("every_workload") or []
+    latency = LatencyModel(
+        layers, table, float(base.search.get("correction") or 1.0), factors, every
+    )
     options = corrected(options, latency.factor)
     try:
-        solution = solver.solve(options, ratio * dense_us, ties=ties_of(layers))
+        solution = solver.solve(
+            options, ratio * dense_us, ties=ties_of(layers), limits=latency.limits(ratio)
+        )
     except InfeasibleBudgetError:
         smallest = solver.cheapest(options, ties_of(layers)) / dense_us
         raise InfeasibleBudgetError(
@@ -130,7 +135,8 @@ def plan_at(run: Path, ratio: float) -> Plan:
     return replace(
         base,
         layers={ly.name: LayerPlan.of(ly, solution.choices[ly.name]) for ly in layers},
-        budget={"value": ratio, "scope": "layers", "max_drop": None},
+        budget={"value": ratio, "scope": "layers", "max_drop": None}
+        | ({"every_workload": every} if every else {}),
         predicted={
             "latency_ms": fixed_ms + reached * (dense_ms - fixed_ms),
             "latency_ratio_layers": reached,

@@ -33,6 +33,7 @@ class Settings:
     time_limit: float | None = None  # minutes
     retrain_steps: int | None = None  # None: the task's recipe; 0: off
     seed: int = 0
+    every_workload: bool = False  # the budget holds on each workload, not only on their sum
 
     def check(self) -> None:
         """Raise UsageError for a value outside its range."""
@@ -48,6 +49,11 @@ class Settings:
         if self.budget_scope not in SCOPES:
             raise UsageError(
                 f"budget_scope is {self.budget_scope!r}, expected one of {', '.join(SCOPES)}."
+            )
+        if self.every_workload and self.budget_scope != "layers":
+            raise UsageError(
+                f"every_workload with budget_scope {self.budget_scope!r}, expected 'layers': a "
+                "budget on each workload is one on its layers' latency."
             )
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}.")

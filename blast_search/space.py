@@ -58,6 +58,7 @@ class Call:
 
     tokens: int
     weight: float = 1.0
+    workload: str = ""
 
 
 @dataclass(frozen=True)

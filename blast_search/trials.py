@@ -20,7 +20,7 @@ from blast_search.hull import grouped
 from blast_search.moves import moves
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
-from blast_search.solver import GAP
+from blast_search.solver import GAP, TOLERANCE
 from blast_search.space import Candidate, ties_of
 
 MOVES = 0.25  # of all trials
@@ -138,12 +138,16 @@ class Trials:
             weights = study.weights(engine.layers, self.groups, best.values)
             groups = grouped(engine.options(), weights, ties_of(engine.layers))
             plans = moves(groups, _choices(best.plan), self.ratio * engine.dense_cost)
-            plan = next((p for p in plans if digest(p) not in tried), None)
+            plan = next((p for p in plans if digest(p) not in tried and self.fits(p)), None)
             if plan is None:
                 return
             tried.add(digest(plan))
             self.study.run(lambda _, p=plan: self.judged(p, "move"), best.values)  # type: ignore[misc]
             advance()
+
+    def fits(self, plan: Choices) -> bool:
+        """Whether a move also keeps a budget that holds on each workload."""
+        return (self.engine.predicted_ratio(plan) or 0.0) <= self.ratio * (1 + TOLERANCE)
 
     def summary(
         self, found: Sequence[study.Finished], overhead_ms: float | None

@@ -148,6 +148,16 @@ CASES = {
     "not a task": (["--budget", "0.3", "--task", "toy:not_a_task"], 2, "not_a_task"),
     "unknown space": (["--budget", "0.3", "--task", "toy:task", "--space", "big"], 2, "default"),
     "unknown scope": (["--budget", "0.3", "--budget-scope", "disk", *TOY], 2, "layers"),
+    "each workload's memory": (
+        ["--budget", "0.3", "--every-workload", "--budget-scope", "params", *TOY],
+        2,
+        "layers",
+    ),
+    "workloads of one name": (
+        ["--budget", "0.3", *TOY, "--workload", "a:1x8,a:2x8"],
+        2,
+        "two parts named a",
+    ),
     "unknown dtype": (["--budget", "0.3", "--dtype", "int3", *TOY], 2, "float32"),
     "unknown device": (["--budget", "0.3", "--device", "tpu", *TOY], 2, "cuda"),
     "unknown workers": (["--budget", "0.3", *TOY, "--workers", "dask"], 2, "local"),

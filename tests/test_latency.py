@@ -10,7 +10,13 @@ import torch
 from toy import Net, ToyTask
 
 from blast_search import workers
-from blast_search.errors import BlastSearchError, IncompatibleInputError, UsageError
+from blast_search.engine import corrected
+from blast_search.errors import (
+    BlastSearchError,
+    IncompatibleInputError,
+    InfeasibleBudgetError,
+    UsageError,
+)
 from blast_search.latency import (
     cells_for,
     environment,
@@ -22,8 +28,9 @@ from blast_search.latency import (
 from blast_search.latency_model import LatencyModel, error_statistics
 from blast_search.layers import Workload, find_layers, inventory
 from blast_search.model_latency import time_variants
+from blast_search.solver import solve
 from blast_search.space import DENSE, Call, Candidate, LayerSpec, SearchSpace
-from blast_search.tables import LatencyTable, Measurement
+from blast_search.tables import Cell, LatencyTable, Measurement, Option
 
 SPACE = SearchSpace(num_blocks=(1, 2), keep=(0.2, 0.5))
 
@@ -151,6 +158,39 @@ def test_latency_model_adds_corrects_and_interpolates():
     assert model.ratio(plan) == pytest.approx(0.9)
     assert model.ratio(dense) == pytest.approx(1.0)  # layers left dense need no correction
     assert model.ratio(dense | {layers[0].name: Candidate(16, 4)}) is None
+
+
+def test_a_budget_on_each_workload_counts_the_worst():
+    """One layer is called in both workloads, the other in one; low rank pays only in "long"."""
+    both = LayerSpec("a", 64, 64, True, (Call(32, 1.0, "long"), Call(8, 0.5, "short")))
+    late = LayerSpec("b", 64, 64, True, (Call(8, 0.5, "short"),))
+    table, low = LatencyTable("d"), Candidate(1, 8)
+    for tokens, dense_us, ratio in ((32, 400.0, 0.2), (8, 100.0, 0.9)):
+        cell = Cell("d", "eager", "float32", "x", 64, 64, True, tokens, low)
+        table.add(cell, Measurement(dense_us * ratio, 1, 1, 20, dense_us, ratio, ratio, ratio))
+    layers = [both, late]
+    each = LatencyModel(layers, table, workloads=["long", "short"])
+    summed = LatencyModel(layers, table)
+    plan = {"a": low, "b": DENSE}
+    assert summed.ratio(plan) == each.total(plan) == pytest.approx((80 + 45 + 50) / 500)
+    assert each.ratio(plan) == pytest.approx(0.95)  # "short": (0.9 + 1) / 2
+    assert each.ratio({"a": DENSE, "b": DENSE}) == pytest.approx(1.0)
+    each.correction = each.asked_correction(plan, 0.9)
+    assert each.ratio(plan) == pytest.approx(0.9)
+    # The solver's rows say the same: only both layers in low rank keep 0.85 on each.
+    each.correction = 0.9
+    options = {
+        ly.name: [
+            Option(c, each.costs(ly.name)[c], loss) for c, loss in ((DENSE, 0.0), (low, 1.0))
+        ]
+        for ly in layers
+    }
+    options = corrected(options, each.factor)
+    for ratio, limits, low_rank in ((0.85, [], 1), (0.85, each.limits(0.85), 2)):
+        found = solve(options, ratio * each.dense_us, limits=limits).choices
+        assert list(found.values()).count(low) == low_rank
+    with pytest.raises(InfeasibleBudgetError, match="workload short"):
+        solve(options, 0.5 * each.dense_us, limits=each.limits(0.5))
 
 
 def test_error_statistics():

@@ -23,7 +23,7 @@ def test_layers_heads_and_tokens():
     task = ToyTask()
     layers, skipped = found(task.model(), task.workload())
     assert [layer.name for layer in layers][:2] == ["blocks.0.fc1", "blocks.0.fc2"]
-    assert all(layer.calls == (Call(16 * 16),) for layer in layers)
+    assert all(layer.calls == (Call(16 * 16, 1.0, "w"),) for layer in layers)
     assert skipped == {"head": "output head"}
     assert layers[0].shape == (4 * WIDTH, WIDTH)
     assert layers[0].type_name == "blocks.fc1"
@@ -72,7 +72,7 @@ def test_tied_shared_and_unused_layers():
     model = Tied()
     layers, skipped = found(model, torch.zeros(2, 5, dtype=torch.long))
     assert [(layer.name, layer.aliases) for layer in layers] == [("shared", ("again",))]
-    assert layers[0].calls == (Call(10), Call(10))  # one module, called twice
+    assert layers[0].calls == (Call(10, 1.0, "w"), Call(10, 1.0, "w"))  # one module, called twice
     assert skipped["left"] == "weight tied to right"
     assert skipped["out"] == "weight tied to embed"
     assert skipped["unused"] == "not called as a module by the workload"
