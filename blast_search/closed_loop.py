@@ -13,6 +13,7 @@ from blast_search.runfolder import digest
 CLOSE = 0.94  # a plan that uses this much of its budget is close enough
 ROUNDS = 6
 TIMING_SECONDS = 8.0
+DOUBT = 0.1  # a timing that is so far from its prediction, relatively, is made again, for longer
 
 Make = Callable[[float], Choices]  # predicted ratio -> choices; InfeasibleBudgetError if none
 
@@ -47,6 +48,10 @@ def _meet(
             break
         (timing,) = engine.time(name, {name: choices}, TIMING_SECONDS)
         measured = engine.measured_ratio(choices, timing)
+        if engine.by_time and abs(measured / predicted - 1) > DOUBT:
+            # Other load for seconds was seen to move a ratio from 0.22 to 0.29.
+            (timing,) = engine.time(name, {name: choices}, 2 * TIMING_SECONDS)
+            measured = engine.measured_ratio(choices, timing)
         engine.rounds.append(
             {"plan": name, "predicted_ratio": predicted, "measured_ratio": measured}
         )
