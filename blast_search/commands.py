@@ -237,7 +237,7 @@ def doctor(silent: bool) -> dict[str, Any]:
     """What this machine is, what is installed, and how steady its clock is."""
     from importlib import metadata
 
-    from blast_search.kernels import choose
+    from blast_search.kernels import choose, emulated
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = {}
@@ -254,9 +254,12 @@ def doctor(silent: bool) -> dict[str, Any]:
     p10, p50, p90 = (float(v) for v in torch.tensor(times["a"]).quantile(
         torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)))  # fmt: skip
     twin = float(torch.tensor(times["a"] / times["b"]).median())
+    halves = (torch.bfloat16, torch.float16) if device.type == "cpu" else ()
+    slow = [str(dtype).removeprefix("torch.") for dtype in halves if emulated(dtype)]
     result = {
         "environment": environment(device),
         "versions": versions,
+        "slow_dtypes": slow,
         "gpu": gpu_state(),
         "kernels": {
             f"b={b}, {t} tokens": choose(b, 64, torch.float32, device.type, t)
@@ -272,4 +275,6 @@ def doctor(silent: bool) -> dict[str, Any]:
         console().print(yaml.safe_dump(result, sort_keys=False), markup=False)
         if result["noise"]["spread"] > 0.3:  # type: ignore[index]
             console().print("The timing is noisy: stop other programs before you measure.")
+        if slow:
+            console().print(f"No fast products for {', '.join(slow)} on this CPU: use float32.")
     return result
