@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from blast_search import additivity
@@ -12,6 +12,7 @@ from blast_search.engine import AIM, Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
+from blast_search.runfolder import digest
 from blast_search.space import DENSE
 from blast_search.study import Storage
 from blast_search.trials import Trials, Tuned, evaluate_front
@@ -19,6 +20,7 @@ from blast_search.trials import Trials, Tuned, evaluate_front
 FINAL_ROUNDS = 4
 FINAL_SECONDS = 40.0
 FRONT_SHARE = 0.25  # of the time that is left to the search
+RIVAL = 1.1  # times the least true loss: retraining may turn the order of such plans round
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,14 @@ def decide(
     storage: Storage,
     seed: int,
     deadline: Deadline,
+    recovered: Callable[[Contender], float] | None = None,
 ) -> Decision:
-    """The best plan within `target`, never worse in true loss than a uniform plan within it."""
+    """The best plan within `target`, never worse in true loss than a uniform plan within it.
+
+    Args:
+        recovered: how far a plan stays behind dense after a short retraining; it decides between
+            the exact plan and the searched one where their true losses are close.
+    """
     baselines = uniform_contenders(engine, target)
     exact = meet(engine, "exact", engine.exact, target)
     make: Make = engine.exact
@@ -106,14 +114,30 @@ def decide(
     losses = {
         name: engine.true_loss(name, contender.choices) for name, (contender, _) in pool.items()
     }
-    name = min(pool, key=lambda key: losses[key])
     engine.report.say(
         "true loss on calibration data: "
         + ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
     )
+    name = min(pool, key=lambda key: losses[key])
+    close = rivals({key: contender for key, (contender, _) in pool.items()}, losses)
+    if recovered and name in close:
+        behind = {key: recovered(pool[key][0]) for key in close}
+        name = min(close, key=lambda key: (behind[key], losses[key]))
+        engine.report.say(
+            "behind dense after a short retraining: "
+            + ", ".join(f"{key} {value:.4f}" for key, value in behind.items())
+        )
     winner, make = pool[name]
     decision = _final(engine, winner, make, baselines, target, dense, done)
     return _not_worse(engine, replace(decision, weights=weights if name == "searched" else {}))
+
+
+def rivals(pool: Mapping[str, Contender], losses: Mapping[str, float]) -> list[str]:
+    """The exact and the searched plan, where they differ and both are close to the best."""
+    limit = RIVAL * min(losses.values())
+    close = [key for key in ("exact", "searched") if key in pool and losses[key] <= limit]
+    same = len({digest(pool[key].choices) for key in close}) < 2
+    return [] if same else close
 
 
 def _not_worse(engine: Engine, decision: Decision) -> Decision:

@@ -35,6 +35,8 @@ from blast_search.study import Storage
 if TYPE_CHECKING:
     from blast_search.pipeline import Pipeline
 
+SHORT = 5  # a short retraining takes one in so many steps
+
 
 class Finish:
     """The last stages of one run."""
@@ -99,6 +101,32 @@ class Finish:
             return max(1, min(steps, int(0.8 * left / contenders / per_step)))
 
         return int(self.records.once("steps", "steps", "retraining steps", affordable))
+
+    @property
+    def short_steps(self) -> int:
+        """Steps of the short retraining that decides between close plans; 0: none.
+
+        A time limit is left to the retraining that lasts.
+        """
+        s, task = self.settings, self.prepared.task
+        if s.time_limit is not None:
+            return 0
+        steps = getattr(task, "train_steps", DEFAULT_STEPS)
+        return int(steps if s.retrain_steps is None else s.retrain_steps) // SHORT
+
+    def recovered(self, contender: Contender) -> float:
+        """How far the metric is behind dense after `short_steps` of retraining."""
+        p, steps = self.prepared, self.short_steps
+
+        def train() -> float:
+            model, name = self.build(contender, _blank()), f"short retraining of {contender.name}"
+            retrain(
+                p.task, model, p.model, steps, self.settings.seed, report=self.report, name=name
+            )
+            return worse_by(p.task, evaluate(p.task, model), self.pipeline.dense_metric)
+
+        kind = f"behind after {steps} steps"
+        return float(self.records.once(kind, digest(contender.choices), contender.name, train))
 
     def retrained(
         self, key: str, contender: Contender, plan: Plan, steps: int, weights: bool = True
@@ -180,6 +208,7 @@ class Finish:
             self.pipeline.settle(self.engine, target)
             return decide(
                 engine, target, dense, s.trials, storage, s.seed, self.pipeline.search_deadline,
+                self.recovered if self.short_steps else None,
             )  # fmt: skip
         return within_drop(self, dense, storage)
 
@@ -195,6 +224,10 @@ class Finish:
         points = engine.settled_points(winner, list(decision.baselines.values()))
         search_seconds = round(sum(self.pipeline.seconds.values()), 1)
         self.report.say(f"search finished after {search_seconds:.0f} s")
+        if s.every_workload:
+            each = self.describer.by_workload(winner.timing).items()
+            text = ", ".join(f"{name} {ratio:.3f}" for name, ratio in each)
+            self.report.say(f"layer latency ratio by workload: {text}")
         plan = self.describer.plan(decision)
         make_folder(self.folder / "plans")
         if not decision.met:

@@ -17,8 +17,10 @@ import torch
 from toy import ToyTask
 
 import blast_search as bs
+from blast_search import decision
 from blast_search.errors import InfeasibleBudgetError, RunLockedError, UsageError
 from blast_search.files import locked
+from blast_search.saved import plan_at
 from blast_search.space import SearchSpace
 
 SPACE = SearchSpace(name="default", num_blocks=(1, 2), keep=(0.05, 0.1, 0.2, 0.35, 0.6))
@@ -177,6 +179,32 @@ def test_other_scopes(scope: str, tmp_path: Path):
     run = bs.search(ToyTask(), budget=0.9, budget_scope=scope, out=tmp_path / scope, **options)
     key = {"macs": "macs_ratio", "params": "params_ratio", "model": "latency_ratio_model"}[scope]
     assert run.plan.measured[key] <= 0.9 + (0.02 if scope == "model" else 1e-9)
+
+
+def test_a_budget_on_each_workload(tmp_path: Path):
+    options = OPTIONS | {"trials": 4, "retrain_steps": 0, "every_workload": True}
+    workload = "large:16x16,small:6x16@3"
+    out = tmp_path / "each"
+    run = bs.search(ToyTask(), budget=0.85, workload=workload, out=out, **options)
+    ratios = run.plan.measured["latency_ratio_layers_by_workload"]
+    assert set(ratios) == {"large", "small"}
+    assert max(ratios.values()) <= 0.85
+    weighted = run.plan.measured["latency_ratio_layers"]
+    assert min(ratios.values()) - 0.05 < weighted < max(ratios.values()) + 0.05
+    assert run.plan.budget["every_workload"] == ["large", "small"]
+    again = plan_at(out, 0.9)
+    assert again.budget["every_workload"] == ["large", "small"]
+    assert again.predicted["latency_ratio_layers"] <= 0.9
+
+
+def test_a_short_retraining_decides_between_close_plans(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(decision, "RIVAL", 100.0)
+    options = OPTIONS | {"trials": 6, "retrain_steps": 5}
+    run = bs.search(ToyTask(), budget=0.8, out=tmp_path / "r", **options)
+    records = [row for row in rows(tmp_path / "r" / "measured.csv")
+               if row["kind"] == "behind after 1 steps"]  # fmt: skip
+    assert {row["plan"] for row in records} == {"exact", "searched"}
+    assert run.plan.measured["met_budget"]
 
 
 def test_uniform_space_gives_uniform_plans(tmp_path: Path):

@@ -10,10 +10,13 @@ from landscape import Landscape
 
 from blast_search import additivity, solver, study
 from blast_search.deadline import FOREVER, Deadline
+from blast_search.decision import RIVAL, rivals
+from blast_search.engine import Contender
 from blast_search.errors import BlastSearchError
 from blast_search.hull import grouped
+from blast_search.model_latency import Timing
 from blast_search.moves import moves
-from blast_search.space import Call, LayerSpec
+from blast_search.space import Call, Candidate, LayerSpec
 from blast_search.trials import Trials
 
 TARGET = 0.4
@@ -53,6 +56,20 @@ def test_poor_additivity_falls_back_to_fitted_factors_and_they_lower_the_loss(se
     assert found["fallback"]
     plain, fitted = world.exact(TARGET), world.exact(TARGET, replacing)
     assert world.loss(fitted) < 0.95 * world.loss(plain)
+
+
+def contender(rank: int) -> Contender:
+    timing = Timing(1, 1, 1, 9, (1, 1), 2, 0, 0.5, (0.5, 0.5), 0.5, (0.5, 0.5))
+    return Contender("x", {"a": Candidate(1, rank)}, timing, 0.5, True)
+
+
+def test_only_close_and_different_plans_are_rivals():
+    pool = {"exact": contender(8), "searched": contender(16), "uniform_blast": contender(24)}
+    losses = {"exact": 1.05, "searched": 1.0, "uniform_blast": 1.0}
+    assert rivals(pool, losses) == ["exact", "searched"]
+    assert rivals(pool, losses | {"exact": RIVAL + 0.01}) == []  # too far behind
+    assert rivals(pool, losses | {"uniform_blast": 0.5}) == []  # neither is near the best
+    assert rivals(pool | {"searched": contender(8)}, losses) == []  # one plan under two names
 
 
 def test_time_bounds_the_random_plans():
