@@ -163,6 +163,19 @@ def test_kernel_choice_is_explicit():
         coupling("magic")
 
 
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_strided_inputs(tokens):
+    """Expanded and overlapping rows, a bias that is every other number."""
+    u, s, v = factors(24, 48, 4, 9, torch.float32)
+    bias, a = torch.randn(48)[::2], to_dense(u, s, v)
+    row, line = torch.randn(1, 48), torch.randn(tokens + 47)
+    for x in (row.expand(tokens, 48), line.unfold(0, 48, 1), torch.randn(48, tokens).T):
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                blast_matmul(x, u, s, v, bias), x @ a.T + bias, rtol=1e-4, atol=1e-4
+            )
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("m", "n", "b", "r"), KERNEL_SHAPES)
 def test_without_sgemm_the_parts_give_the_same(m, n, b, r, bias, monkeypatch):

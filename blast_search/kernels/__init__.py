@@ -127,18 +127,16 @@ def forward(
     Returns:
         y (T, m), and z (b, T, r) for `backward` if `keep`.
     """
-    if name == "small" and not keep:
-        y = _module("small").forward(x, u.contiguous(), s.contiguous(), v.contiguous(), bias)
-        return y, None
+    if name in ("small", "tiled") and not keep:
+        bias = None if bias is None else bias.contiguous()
+        product = _module(name).forward
+        return product(x, u.contiguous(), s.contiguous(), v.contiguous(), bias), None
     if x.is_cpu and emulated(x.dtype):
         wide = choose(len(u), u.shape[2], torch.float32, "cpu", len(x))
         add = None if bias is None else bias.float()
         with torch.autocast("cpu", enabled=False):
             y, z = forward(x.float(), u.float(), s.float(), v.float(), add, wide, keep)
         return y.to(x.dtype), z
-    if name == "tiled" and not keep:
-        y = _module("tiled").forward(x, u.contiguous(), s.contiguous(), v.contiguous(), bias)
-        return y, None
     if name == "triton":
         return _module("triton").forward(x, u, s, v, bias=bias), None
     if len(u) == 1 and not keep:

@@ -132,6 +132,8 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> 
     """y = x A^T + bias; x (T, n) with unit inner stride; returns (T, m).  All float32."""
     b, p, r = u.shape
     tokens, n = x.shape
+    if x.stride(0) < n:  # rows that overlap (expanded, or windows): BLAS would refuse them
+        x = x.contiguous()
     y = x.new_empty(tokens, b * p)
     parallel = tokens * r * (n + b * p + b * b) > SERIAL_MACS
     threads = torch.get_num_threads() if parallel else 1
