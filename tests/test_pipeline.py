@@ -163,14 +163,16 @@ def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
     assert run.plan.measured["latency_ratio_layers"] < 1
     metric = run.plan.measured["metric"]
     assert metric["dense"] - metric["retrained"] <= 1.0
-    # The whole search ran at the bisection's ratio, with the bisection's plan as a contender
-    # (which wins where nothing holds that ratio when timed anew, as happens on a loaded machine).
+    # The whole search ran at the bisection's ratio, with the bisection's plan as a contender.
+    # Where nothing holds that ratio when timed anew, as happens on a loaded machine, there are no
+    # trials, and that plan wins, or a uniform one that recovered better.
     assert set(run.plan.baselines) > {"dense"}
     if run.plan.search["trials"]:
         assert run.plan.search["trials"] == OPTIONS["trials"]
         assert run.plan.search["additivity"]["plans"] >= 5
     else:
-        assert "bisection" in run.plan.search["verdict"]
+        verdict = run.plan.search["verdict"]
+        assert "bisection" in verdict or "No searched plan" in verdict
 
 
 @pytest.mark.parametrize("scope", ["macs", "params", "model"])
