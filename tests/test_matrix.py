@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from blast_search import BlastLinear, blast_matmul, kernels, product
 from blast_search.kernels import choose, composed, coupling, cpu, small, tiled
+from blast_search.kernels.kept import work_space
 from blast_search.matrix import to_dense
 
 SHAPES = [  # out_features, in_features, b, r
@@ -161,6 +164,18 @@ def test_kernel_choice_is_explicit():
     assert kernels.label("numba") != kernels.label("torch")
     with pytest.raises(ValueError, match="expected one of lowrank"):
         coupling("magic")
+
+
+def test_threads_do_not_share_their_work_space():
+    with ThreadPoolExecutor(2) as pool:
+        barrier = Barrier(2)
+
+        def place(_: int) -> int:
+            barrier.wait(10)  # both threads at work: one alone could serve both calls
+            return work_space(8).data_ptr()
+
+        found = {*pool.map(place, range(2)), work_space(8).data_ptr()}
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("tokens", [3, 70])

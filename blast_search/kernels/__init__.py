@@ -29,11 +29,27 @@ Needs = composed.Needs
 Gradients = composed.Gradients
 
 SOURCES = {
-    "lowrank": ("__init__.py", "composed.py"),
-    "small": ("__init__.py", "small.py", "steps.py", "vectors.py", "launch.py"),
-    "torch": ("__init__.py", "composed.py", "reference.py"),
-    "tiled": ("__init__.py", "tiled.py", "cpu.py", "steps.py", "vectors.py", "launch.py"),
-    "numba": ("__init__.py", "composed.py", "cpu.py", "steps.py", "vectors.py", "launch.py"),
+    "lowrank": ("__init__.py", "kept.py", "composed.py"),
+    "small": ("__init__.py", "kept.py", "small.py", "steps.py", "vectors.py", "launch.py"),
+    "torch": ("__init__.py", "kept.py", "composed.py", "reference.py"),
+    "tiled": (
+        "__init__.py",
+        "kept.py",
+        "tiled.py",
+        "cpu.py",
+        "steps.py",
+        "vectors.py",
+        "launch.py",
+    ),
+    "numba": (
+        "__init__.py",
+        "kept.py",
+        "composed.py",
+        "cpu.py",
+        "steps.py",
+        "vectors.py",
+        "launch.py",
+    ),
     "triton": ("__init__.py", "triton.py", "triton_kernels.py", "triton_tune.py"),
 }
 SOURCES["upcast"] = (*SOURCES["tiled"], "composed.py", "reference.py")

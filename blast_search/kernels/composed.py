@@ -7,11 +7,12 @@ The coupling decides whether BLAST is fast: memory-bound, b^2 T r multiply-adds.
 
 from __future__ import annotations
 
-import threading
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from blast_search.kernels.kept import work_space
 
 Needs = tuple[bool, bool, bool, bool]  # which gradients are wanted: x, u, s, v
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -33,26 +34,6 @@ class Coupling(Protocol):
     def couple(self, z: Tensor, s: Tensor, out: Tensor | None = None) -> Tensor: ...
 
     def couple_grad(self, g: Tensor, z: Tensor) -> Tensor: ...
-
-
-class _Kept(threading.local):
-    """Each thread's memory for z and w; an ordinary tensor, also when made in inference mode."""
-
-    def __init__(self) -> None:
-        self.spaces: dict[torch.dtype, Tensor] = {}
-
-    def pair(self, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        b, tokens, r = shape
-        numbers = b * tokens * r
-        space = self.spaces.get(dtype)
-        if space is None or space.numel() < 2 * numbers:
-            with torch.inference_mode(False):
-                space = self.spaces[dtype] = torch.empty(2 * numbers, dtype=dtype, device="cpu")
-        strides = (tokens * r, r, 1)
-        return space.as_strided(shape, strides), space.as_strided(shape, strides, numbers)
-
-
-_kept = _Kept()
 
 
 def forward(
@@ -78,7 +59,9 @@ def forward(
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
         part, out = (blocks, y) if tokens <= step else (blocks[:, rows], y[rows])
-        z, w = _kept.pair((b, len(out), r), x.dtype)
+        shape, strides = (b, len(out), r), (len(out) * r, r, 1)
+        space = work_space(2 * b * len(out) * r, x.dtype)
+        z, w = (space.as_strided(shape, strides, k * b * len(out) * r) for k in (0, 1))
         torch.bmm(part, v, out=z)
         _up(module.couple(z, s, w), ut, bias, out)
     return y.view(tokens, b * p), None

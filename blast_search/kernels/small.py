@@ -8,11 +8,11 @@ once.  Intermediate values are float32 also where the factors are bfloat16.
 from __future__ import annotations
 
 import functools
-import threading
 
 import torch
 from torch import Tensor
 
+from blast_search.kernels.kept import work_space
 from blast_search.kernels.launch import Kernel, compile_kernel, run
 from blast_search.kernels.steps import couple_step, down_step, pack_step, up_step
 from blast_search.kernels.vectors import LANES, put_zero, read, scratch, take
@@ -126,20 +126,6 @@ def _kernel(blocks: int, bf16: bool) -> Kernel:
     return compile_kernel(kernel)
 
 
-class _Local(threading.local):
-    space = torch.empty(1 << 14)
-
-
-_local = _Local()
-
-
-def work_space(numbers: int) -> int:
-    """The address of at least so many float32, kept for the thread's next call."""
-    if numbers > _local.space.numel():
-        _local.space = torch.empty(2 * numbers)
-    return _local.space.data_ptr()
-
-
 def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """y = x A^T + bias; x (T, n) with unit inner stride; returns (T, m).
 
@@ -151,7 +137,7 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> 
     if not tokens:
         return y
     padded = (r + LANES - 1) // LANES * LANES
-    z = work_space(2 * b * tokens * padded)
+    z = work_space(2 * b * tokens * padded).data_ptr()
     values = (
         x.data_ptr(), u.data_ptr(), s.data_ptr(), v.data_ptr(),
         0 if bias is None else bias.data_ptr(), z, z + 4 * b * tokens * padded, y.data_ptr(),

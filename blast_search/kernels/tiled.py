@@ -17,8 +17,8 @@ from llvmlite import ir
 from torch import Tensor
 
 from blast_search.kernels.cpu import couple_tokens
+from blast_search.kernels.kept import work_space
 from blast_search.kernels.launch import Kernel, compile_kernel, libraries, run
-from blast_search.kernels.small import work_space
 from blast_search.kernels.vectors import I64, copy, define, read, take
 
 # Numbers of z and w in a tile.  Measured at b = 2, 8, 16: 2^17 loses up to a tenth, 2^20 nothing
@@ -138,7 +138,7 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> 
     parallel = tokens * r * (n + b * p + b * b) > SERIAL_MACS
     threads = torch.get_num_threads() if parallel else 1
     tile = tile_size(tokens, b * r, threads)
-    space = work_space(threads * 2 * b * r * tile)
+    space = work_space(threads * 2 * b * r * tile).data_ptr()
     values = (
         x.data_ptr(), u.data_ptr(), s.data_ptr(), v.data_ptr(),
         0 if bias is None else bias.data_ptr(), y.data_ptr(), space,
