@@ -83,11 +83,16 @@ class Finish:
             )
         )
 
+    @property
+    def full_steps(self) -> int:
+        """Retraining steps as asked, or the task's recipe."""
+        asked = self.settings.retrain_steps
+        recipe = getattr(self.prepared.task, "train_steps", DEFAULT_STEPS)
+        return int(recipe if asked is None else asked)
+
     def steps(self, contender: Contender, contenders: int) -> int:
         """Retraining steps: as asked, the task's recipe, or what the time limit leaves."""
-        task, limit = self.prepared.task, self.settings.time_limit
-        asked = self.settings.retrain_steps
-        steps = int(getattr(task, "train_steps", DEFAULT_STEPS)) if asked is None else asked
+        task, limit, steps = self.prepared.task, self.settings.time_limit, self.full_steps
         if limit is None or steps == 0:
             return steps
 
@@ -108,11 +113,7 @@ class Finish:
 
         A time limit is left to the retraining that lasts.
         """
-        s, task = self.settings, self.prepared.task
-        if s.time_limit is not None:
-            return 0
-        steps = getattr(task, "train_steps", DEFAULT_STEPS)
-        return int(steps if s.retrain_steps is None else s.retrain_steps) // SHORT
+        return 0 if self.settings.time_limit is not None else self.full_steps // SHORT
 
     def recovered(self, contender: Contender) -> float:
         """How far the metric is behind dense after `short_steps` of retraining."""
