@@ -69,16 +69,13 @@ def check(
         The fitted parameters, and the factors by layer that take the place of the plain scores
         (empty: the plain scores stay).
     """
-    count = min(BATCHES, len(engine.batches))
-    sums, losses = [], []
-    with engine.report.stage("random plans", PLANS) as advance:
-        for choices in random_plans(engine, AIM * target, built, seed):
-            if deadline.expired():
-                break
-            losses.append(fmean(engine.losses("random", choices, count)))
-            sums.append(scores_of(engine, choices))
-            advance()
-    found = judge(engine.layers, np.array(sums), np.array(losses), count)
+    count = min(BATCHES, len(engine.order))
+    plans = random_plans(engine, AIM * target, built, seed)
+    with engine.report.stage("random plans", len(plans)) as advance:
+        answers = engine.judged("random", plans, count, deadline=deadline, advance=advance)
+    known = [(plan, fmean(losses)) for plan, losses in zip(plans, answers, strict=True) if losses]
+    sums = np.array([scores_of(engine, plan) for plan, _ in known])
+    found = judge(engine.layers, sums, np.array([loss for _, loss in known]), count)
     engine.additivity = found.evidence
     if not found.replaces:
         return found.values, {}

@@ -6,7 +6,6 @@ A batch is a tensor, called as model(x); a tuple, model(*x); or a dict, model(**
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -121,13 +120,6 @@ def divergences(
     """`divergence` of one calibration batch after another."""
     for batch, reference in zip(batches, references, strict=True):
         yield divergence(call_model(model, to_device(batch, model)), reference, batch)
-
-
-def mean_divergence(
-    model: nn.Module, batches: Sequence[Batch], references: Sequence[Any]
-) -> float:
-    """Mean of `divergence` over calibration batches."""
-    return fmean(divergences(model, batches, references))
 
 
 def spread(count: int) -> list[int]:

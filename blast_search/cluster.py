@@ -1,4 +1,4 @@
-"""The Ray side of where cells are measured: attaching to a cluster, and choosing its nodes.
+"""The Ray side of where work is done: attaching to a cluster, and choosing its nodes.
 
 A run measures one kind of device, the driver's.  Each node says what its device is, and the
 nodes whose fingerprint is the one wanted take part; BLAST_SEARCH_RAY_RESOURCE narrows them to an
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 
 from blast_search.errors import BlastSearchError, UsageError
 from blast_search.latency import describe, fingerprint
-from blast_search.tables import Cell
 
 RESOURCE = "BLAST_SEARCH_RAY_RESOURCE"
 ANSWER_SECONDS = 60.0  # a node that is busy for longer is left out
@@ -66,6 +66,8 @@ def attached(address: str | None) -> Iterator[None]:
         }
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    # Ray lowers the priority of its workers: beside any other load they would measure too much.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     ray.init(**options)
     if threading.current_thread() is threading.main_thread():
@@ -102,8 +104,8 @@ def _describe(device_type: str, dtype: str, threads: int) -> dict[str, Any]:
     return describe(device_type, dtype)
 
 
-def places(cell: Cell, device_type: str, say: Callable[[str], None]) -> Places:
-    """The nodes whose device is the one that `cell` is to be measured on.
+def places(device: str, dtype: str, device_type: str, say: Callable[[str], None]) -> Places:
+    """The nodes whose device has the fingerprint `device`.
 
     Each node is asked with its whole device reserved, as a trial will reserve it: a share of a
     GPU, or some of the cores, would let trials time each other.
@@ -111,8 +113,8 @@ def places(cell: Cell, device_type: str, say: Callable[[str], None]) -> Places:
     Raises:
         BlastSearchError: none, naming what there is.
     """
-    found, absent = _ask(cell, device_type)
-    alike = {node: size for node, (env, size) in found.items() if fingerprint(env) == cell.device}
+    found, absent = _ask(dtype, device_type)
+    alike = {node: size for node, (env, size) in found.items() if fingerprint(env) == device}
     others = [f"{_name(node)} has {env['device']}" for node, (env, _) in found.items()
               if node not in alike]  # fmt: skip
     left_out = others + [f"{_name(node)} {why}" for node, why in absent.items()]
@@ -136,7 +138,7 @@ def places(cell: Cell, device_type: str, say: Callable[[str], None]) -> Places:
 
 
 def _ask(
-    cell: Cell, device_type: str
+    dtype: str, device_type: str
 ) -> tuple[dict[str, tuple[dict[str, Any], float]], dict[str, str]]:
     """Environment and size of the device by node, and why other nodes gave no answer."""
     import ray
@@ -155,7 +157,7 @@ def _ask(
         whole = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": size}
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ask.options(**whole, scheduling_strategy=place)
-        reference = task.remote(device_type, cell.dtype, torch.get_num_threads())
+        reference = task.remote(device_type, dtype, torch.get_num_threads())
         asked[reference] = (node["NodeID"], size)
     if not asked:
         return {}, {}
@@ -170,6 +172,38 @@ def _ask(
     for reference in pending:
         ray.cancel(reference, force=True)
     return found, absent
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A place for one worker that holds a whole model: on which node, and what it takes."""
+
+    node: str
+    resources: Mapping[str, float]  # num_cpus, num_gpus
+    threads: int
+
+
+def seats(nodes: Sequence[str], device_type: str) -> list[Seat]:
+    """One per GPU of these nodes; of CPUs, as many as cores and memory allow.
+
+    Nothing is timed there, so a node's cores may be shared.  A worker is taken to need what this
+    process has needed so far.
+    """
+    import ray
+
+    need = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = []
+    for node in ray.nodes():
+        has, kind = node["Resources"], "GPU" if device_type == "cuda" else "CPU"
+        if not (node["Alive"] and node["NodeID"] in nodes):
+            continue
+        count = int(has.get(kind, 0))
+        if kind == "CPU":
+            count = min(count, int(has.get("memory", 0) // need))
+        threads = max(1, int(has.get("CPU", 1)) // max(1, count))
+        takes = {"num_cpus": 0, "num_gpus": 1} if kind == "GPU" else {"num_cpus": threads}
+        found += [Seat(node["NodeID"], takes, threads)] * count
+    return found
 
 
 def _name(node_id: str) -> str:

@@ -15,14 +15,17 @@ from typing import Any
 from torch import nn
 
 from blast_search import solver
-from blast_search.batches import Batch, divergences, spread
+from blast_search.batches import spread
+from blast_search.deadline import FOREVER, Deadline
 from blast_search.doubtful import doubtful_cells
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.fitting import Fitter
 from blast_search.hull import Front
+from blast_search.judge import Question
 from blast_search.latency_model import LatencyModel
-from blast_search.layers import Workload, swapped
+from blast_search.layers import Workload
 from blast_search.model_latency import Timing, time_variants, untrained
+from blast_search.panel import Panel
 from blast_search.plan import Choices, FrontPoint
 from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder, digest
@@ -57,10 +60,8 @@ class Engine:
     layers: list[LayerSpec]
     space: SearchSpace
     workloads: Sequence[Workload]
-    batches: list[Batch]
-    references: list[object]
+    panel: Panel
     latency: LatencyModel
-    fitter: Fitter
     scorer: Scorer
     scores: ScoreTable
     run: RunFolder
@@ -72,6 +73,10 @@ class Engine:
     additivity: dict[str, Any] = field(default_factory=dict)  # see additivity.py
     tuning: dict[str, Any] = field(default_factory=dict)  # see trials.py
     gap: float = 0.0
+
+    @property
+    def fitter(self) -> Fitter:
+        return self.panel.judge.fitter
 
     # ---- measurements -------------------------------------------------------------------
 
@@ -92,48 +97,58 @@ class Engine:
         kind = f"timing {seconds:g}s"
         return [_timing(value) for value in self.run.once(kind, key, name, measure)]
 
-    def losses(
+    def judged(
         self,
         name: str,
-        choices: Choices,
+        plans: Sequence[Choices],
         count: int | None = None,
-        hopeless: Callable[[Sequence[float]], bool] | None = None,
-    ) -> list[float]:
-        """Divergence of the built model from the dense one, batch by batch of `self.order`.
+        bar: Sequence[float] = (),
+        deadline: Deadline = FOREVER,
+        advance: Callable[[], None] = lambda: None,
+    ) -> list[list[float] | None]:
+        """Divergence of each plan's model from the dense one, batch by batch of `self.order`.
 
         Args:
             count: how many calibration batches; None: all.
-            hopeless: told the losses so far; where it says so, the rest is not measured.
+            bar: losses to beat; a plan that is far above them is given up (Judge.losses).
+            deadline: once it has passed, plans are not judged any more: None.
+            advance: called for every plan.
         """
-        order = self.order[:count]
+        order = tuple(self.order[:count])
+        kind = "loss" if len(order) == len(self.order) else f"loss on {len(order)} batches"
+        part = "loss or its start" if bar else kind
+        known = self.run.measured
 
-        def measure() -> list[float]:
-            found: list[float] = []
-            with swapped(self.model, self.layers, self.fitter.modules(choices)):
-                batches = [self.batches[k] for k in order]
-                references = [self.references[k] for k in order]
-                for loss in divergences(self.model, batches, references):
-                    found.append(loss)
-                    if hopeless and len(found) < len(order) and hopeless(found):
-                        break
-            return found
+        def found(key: str) -> list[float] | None:
+            losses = known.get(("loss", key)) or known.get((part, key))
+            return list(losses[: len(order)]) if losses else None
 
-        key, whole = digest(choices), self.run.measured.get(("loss", digest(choices)))
-        if whole:
-            return list(whole[: len(order)])
-        if len(order) < len(self.order):
-            return list(self.run.once(f"loss on {len(order)} batches", key, name, measure))
-        if not hopeless:
-            return list(self.run.once("loss", key, name, measure))
-        found = list(self.run.once("loss or its start", key, name, measure))
-        if len(found) == len(order):
-            self.run.once("loss", key, name, lambda: found)
-        return found
+        keys = [digest(choices) for choices in plans]
+        new = {key: q for key, q in zip(keys, plans, strict=True) if not found(key)}
+
+        def record(index: int, losses: list[float]) -> None:
+            key = list(new)[index]
+            self.run.once(part, key, name, lambda: losses)
+            if len(losses) == len(self.order):
+                self.run.once("loss", key, name, lambda: losses)
+            advance()
+
+        for _ in range(len(plans) - len(new)):
+            advance()
+        questions = [Question(choices, order, tuple(bar)) for choices in new.values()]
+        self.panel.ask(questions, record, deadline)
+        return [found(key) for key in keys]
+
+    def losses(self, name: str, choices: Choices, count: int | None = None) -> list[float]:
+        """As `judged`, of one plan, whatever the time."""
+        (losses,) = self.judged(name, [choices], count)
+        assert losses is not None
+        return losses
 
     @property
     def order(self) -> list[int]:
         """The calibration batches so that the first few stand for all."""
-        return spread(len(self.batches))
+        return spread(len(self.panel.judge.batches))
 
     def true_loss(self, name: str, choices: Choices) -> float:
         """Divergence of the built model from the dense one, mean over all calibration batches."""

@@ -21,7 +21,9 @@ from blast_search.evaluate import Task, evaluate
 from blast_search.files import locked, write_json, write_rows
 from blast_search.finish import Finish
 from blast_search.fitting import Fitter
+from blast_search.judge import Judge
 from blast_search.latency_model import LatencyModel
+from blast_search.panel import Panel
 from blast_search.plan import FrontPoint, Plan, pareto
 from blast_search.plan_check import correction, cross_validated, measure_plans
 from blast_search.prepared import Prepared, prepare
@@ -244,16 +246,20 @@ class Pipeline:
         ranks = {
             ly.name: max((c.rank for c in p.space.candidates(ly)), default=0) for ly in p.layers
         }
-        fitter = Fitter(p.model, p.layers, grams, ranks)
+        judge = Judge(
+            p.model, p.layers, Fitter(p.model, p.layers, grams, ranks), batches, references
+        )
+        panel = Panel(
+            judge, self.report, resolve(self.workers) == "ray", self.ray_address, p.fingerprint,
+            p.device.type, self.settings.dtype,
+        )  # fmt: skip
         probes = ProbeTable.open(self.folder / "probes.csv")
         scorer = estimate_scores(
-            p.model, p.layers, p.space, latency.table, fitter, batches, references, probes,
-            self.report, deadline,
-        )  # fmt: skip
+            p.layers, p.space, latency.table, panel, probes, self.report, deadline
+        )
         scores = scorer.table(p.layers)
         write_rows(self.folder / "scores.csv", ScoreTable.FIELDS, scores.rows())
         return Engine(
-            p.model, p.layers, p.space, p.workloads, batches, references,
-            latency, fitter, scorer, scores, self.records, self.report,
-            self.settings.budget_scope, p.mode,
+            p.model, p.layers, p.space, p.workloads, panel, latency, scorer, scores,
+            self.records, self.report, self.settings.budget_scope, p.mode,
         )  # fmt: skip

@@ -12,19 +12,20 @@ Probes and fits are measurements, appended to probes.csv as they finish and neve
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
-from torch import nn
 
-from blast_search.batches import Batch, mean_divergence
+from blast_search.batches import Batch
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.errors import IncompatibleInputError
 from blast_search.files import append_row, read_rows
 from blast_search.fitting import Fitter
-from blast_search.layers import swapped
+from blast_search.judge import Question
+from blast_search.panel import Panel
 from blast_search.progress import Reporter
 from blast_search.space import Candidate, LayerSpec, SearchSpace
 from blast_search.tables import LatencyTable, Score, ScoreTable
@@ -72,13 +73,10 @@ def probe_batches(batches: Sequence[Batch], num_layers: int) -> int:
 
 
 def estimate_scores(
-    model: nn.Module,
     layers: Sequence[LayerSpec],
     space: SearchSpace,
     latency: LatencyTable,
-    fitter: Fitter,
-    batches: Sequence[Batch],
-    references: Sequence[object],
+    panel: Panel,
     probes: ProbeTable,
     report: Reporter,
     deadline: Deadline = FOREVER,
@@ -89,6 +87,7 @@ def estimate_scores(
         deadline: once it has passed, only one layer of each type and third of the depth is probed;
             the others take what lies between the probed ones of their type.
     """
+    fitter = panel.judge.fitter
     alive = _shared(
         layers, {layer.name: promising(layer, space, latency, fitter) for layer in layers}
     )
@@ -104,16 +103,8 @@ def estimate_scores(
         for layer in layers
         if alive[layer.name] and (probe := probe_candidate(layer, space))
     }
-    first = spread_over_depth(list(targets))
-    count = probe_batches(batches, len(layers))
     with report.stage("probe layers", len(targets)) as advance:
-        for layer in [*first, *(ly for ly in targets if ly not in first)]:
-            known = ("probe", layer.name, targets[layer]) in probes.values
-            if not known and (layer in first or not deadline.expired()):
-                loss = _probe(model, layer, targets[layer], fitter, batches[:count], references)
-                error = fitter.basis(layer.name).error(targets[layer].rank)
-                probes.add("probe", layer.name, targets[layer], error, loss)
-            advance()
+        _probe(targets, fitter, panel, probes, deadline, advance)
     scales = measured_scales(targets, probes)
     if len(scales) < len(targets):
         report.say(
@@ -127,22 +118,39 @@ def estimate_scores(
 
 
 def _probe(
-    model: nn.Module,
-    layer: LayerSpec,
-    probe: Candidate,
+    targets: Mapping[LayerSpec, Candidate],
     fitter: Fitter,
-    batches: Sequence[Batch],
-    references: Sequence[object],
-) -> float:
-    """The model's loss with one layer replaced."""
-    with swapped(model, [layer], {layer.name: fitter.module(layer.name, probe)}):
-        loss = mean_divergence(model, batches, references[: len(batches)])
-    if not math.isfinite(loss):
-        raise IncompatibleInputError(
-            f"layer {layer.name}: the model's output is not finite with {probe.key} in its place. "
-            "Exclude the layer in the search space."
-        )
-    return loss
+    panel: Panel,
+    probes: ProbeTable,
+    deadline: Deadline,
+    advance: Callable[[], None],
+) -> None:
+    """The model's loss with one layer at a time replaced; the first ones whatever the time."""
+    first = spread_over_depth(list(targets))
+    count = probe_batches(panel.judge.batches, len(panel.judge.layers))
+
+    def ask(layers: Sequence[LayerSpec], deadline: Deadline) -> None:
+        new = [ly for ly in layers if ("probe", ly.name, targets[ly]) not in probes.values]
+        for _ in range(len(layers) - len(new)):
+            advance()
+
+        def record(index: int, losses: list[float]) -> None:
+            layer = new[index]
+            name, probe, loss = layer.name, targets[layer], fmean(losses)
+            if not math.isfinite(loss):
+                raise IncompatibleInputError(
+                    f"layer {name}: the model's output is not finite with {probe.key} in its "
+                    "place. Exclude the layer in the search space."
+                )
+            probes.add("probe", name, probe, fitter.basis(name).error(probe.rank), loss)
+            advance()
+
+        questions = [Question({ly.name: targets[ly]}, tuple(range(count))) for ly in new]
+        panel.ask(questions, record, deadline)
+
+    with panel.session(len(targets)):
+        ask(first, FOREVER)
+        ask([layer for layer in targets if layer not in first], deadline)
 
 
 def spread_over_depth(layers: Sequence[LayerSpec]) -> list[LayerSpec]:

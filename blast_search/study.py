@@ -5,8 +5,9 @@ an exact solver turns them into a plan, so every trial is a whole plan within th
 first trial is the plan of the unweighted table: the result can never be worse than it.
 
 A trial is sampled in memory and stored (SQLite by default) only when it is finished.  A killed
-run therefore leaves no half-finished trials, and a resumed one samples exactly what an
-undisturbed run would have.
+run therefore leaves no half-finished trials.  Trials are sampled in batches, so that their plans
+can be judged side by side; those of a batch see no trial of it, and a resumed run, which may find
+half a batch, samples exactly what an undisturbed one would have.
 
 Many runs may work on one study (a database that all of them reach, see `Storage`): each takes
 over what the others have finished before it samples its next trial.
@@ -18,7 +19,8 @@ import logging
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -64,7 +66,14 @@ class Outcome:
     pruned: bool
 
 
-Evaluate = Callable[[Mapping[str, float]], Outcome | None]
+@dataclass(frozen=True)
+class Asked:
+    """A sampled trial that is not finished: its number, its parameters, and Optuna's objects."""
+
+    number: int
+    values: Mapping[str, float]
+    study: Any
+    trial: Any
 
 
 def parameter_groups(layers: Sequence[LayerSpec]) -> dict[str, tuple[str, ...]]:
@@ -105,56 +114,80 @@ class Study:
         logging.getLogger("alembic").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.parameters, self.worker, self.seed = list(parameters), storage.worker, seed
+        self.trials: list[Any] = []  # all finished ones (optuna.trial.FrozenTrial), oldest first
         self._stored = _open(storage)
-        self._study = optuna.create_study(directions=["minimize"] * 2)
         self._seen: set[Any] = set()
+        # Storing takes longer than sampling (one query per parameter and more), so it happens
+        # beside the next evaluation.  A run that is killed before finds the losses on file.
+        self._writer = ThreadPoolExecutor(1, "study")
+        self._writes: list[Future[None]] = []
         self.sync()
-
-    @property
-    def trials(self) -> list[Any]:
-        """All finished trials (optuna.trial.FrozenTrial), oldest first."""
-        return self._study.get_trials(deepcopy=False)
 
     def sync(self) -> int:
         """Take over what others have stored; returns the number of finished trials."""
         if self._seen and not self.worker:
-            return len(self._seen)  # the run folder's own study: nobody else writes to it
+            return len(self.trials)  # the run folder's own study: nobody else writes to it
+        self.flush()
         stored = self._stored.get_trials(deepcopy=False)
         new = [t for t in stored if t.user_attrs.get("id", t.number) not in self._seen]
-        self._study.add_trials(new)
+        self.trials += new
         self._seen |= {t.user_attrs.get("id", t.number) for t in new}
-        return len(self._seen)
+        return len(self.trials)
 
-    def run(self, evaluate: Evaluate, start: Mapping[str, float] | None = None) -> None:
-        """One trial: of `start` (missing parameters are 0), or sampled."""
+    def flush(self) -> None:
+        """Wait until every finished trial is stored; raises what the storage raised."""
+        while self._writes:
+            self._writes.pop(0).result()
+
+    def ask(self, first: int, end: int, starts: Sequence[Mapping[str, float]] = ()) -> list[Asked]:
+        """Trials number `first` to `end` - 1, all sampled from the history before `first`.
+
+        Args:
+            starts: parameters of the first of them (missing ones are 0); the others are sampled.
+        """
         import optuna
 
+        history = self.trials[:first]
+        memory = optuna.create_study(directions=["minimize"] * 2)
+        memory.add_trials(history)
         # A sampler that depends on the history, the trial's number and, where several runs work
         # on the study, on the run: equal histories must not make them sample the same.
-        shared = any(worker_of(t) != self.worker for t in self.trials)
+        shared = any(worker_of(t) != self.worker for t in history)
         own = zlib.crc32(self.worker.encode()) if shared else 0
-        seed = (self.seed * 10_007 + len(self.trials) + own) % 2**32
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM)
-        if start is not None:
-            self._study.enqueue_trial({name: start.get(name, 0.0) for name in self.parameters})
-        trial = self._study.ask()
-        values = {name: trial.suggest_float(name, -RANGE, RANGE) for name in self.parameters}
-        outcome = evaluate(values)
+        asked = []
+        for number in range(first, end):
+            seed = (self.seed * 10_007 + number + own) % 2**32
+            memory.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM)
+            if number - first < len(starts):
+                start = starts[number - first]
+                memory.enqueue_trial({name: start.get(name, 0.0) for name in self.parameters})
+            trial = memory.ask()
+            values = {name: trial.suggest_float(name, -RANGE, RANGE) for name in self.parameters}
+            asked.append(Asked(number, values, memory, trial))
+        return asked
+
+    def tell(self, asked: Asked, outcome: Outcome | None) -> None:
+        """Store a trial with what it gave; None: there is no plan for its parameters."""
+        from optuna.trial import TrialState
+
+        memory, trial = asked.study, asked.trial
         # Its number in the storage will be another one where several runs work on the study.
-        trial.set_user_attr("id", f"{self.worker}#{trial.number}")
+        trial.set_user_attr("id", f"{self.worker}#{asked.number}")
         if outcome is None:
-            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            memory.tell(trial, state=TrialState.FAIL)
         else:
             trial.set_constraint("latency_over_budget", outcome.excess)
             trial.set_user_attr("losses", list(outcome.losses))
             trial.set_user_attr("plan", dict(outcome.plan))
             trial.set_user_attr("stage", outcome.stage)
             if outcome.pruned:
-                self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                memory.tell(trial, state=TrialState.PRUNED)
             else:
-                self._study.tell(trial, [fmean(outcome.losses), outcome.ratio])
-        self._stored.add_trial(self.trials[-1])
-        self._seen.add(f"{self.worker}#{trial.number}")
+                memory.tell(trial, [fmean(outcome.losses), outcome.ratio])
+        frozen = memory.get_trials(deepcopy=False)[trial.number]
+        self._writes.append(self._writer.submit(self._stored.add_trial, frozen))
+        self.trials.append(frozen)
+        self._seen.add(f"{self.worker}#{asked.number}")
 
 
 def _open(storage: Storage) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean
 from typing import Any
 
@@ -24,7 +26,7 @@ from blast_search.solver import GAP, TOLERANCE
 from blast_search.space import Candidate, ties_of
 
 MOVES = 0.25  # of all trials
-HOPELESS = 1.5  # times the best trial's loss on the same batches
+TOGETHER = 4  # trials that are sampled from one history, and judged side by side
 TRIAL_GAP = 3e-3  # the scores are weighted by guesses: a tighter plan would only cost time
 FRONT_BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -46,16 +48,15 @@ def evaluate_front(
 ) -> None:
     """True losses of exact plans at other budgets."""
     budgets = [b for b in FRONT_BUDGETS if abs(b - target) > 0.02]
-    with engine.report.stage("evaluate the front", len(budgets)) as advance:
-        for budget in budgets:
-            try:
-                choices = engine.exact(budget, weights)
-            except InfeasibleBudgetError:
-                choices = {}
-            if choices and not deadline.expired():
-                name = f"exact {budget:.2f}"
-                engine.note_point(name, choices, engine.true_loss(name, choices))
-            advance()
+    plans: dict[str, Choices] = {}
+    for budget in budgets:
+        with suppress(InfeasibleBudgetError):
+            plans[f"exact {budget:.2f}"] = engine.exact(budget, weights)
+    with engine.report.stage("evaluate the front", len(plans)) as advance:
+        found = engine.judged("front", list(plans.values()), deadline=deadline, advance=advance)
+    for (name, choices), losses in zip(plans.items(), found, strict=True):
+        if losses:
+            engine.note_point(name, choices, fmean(losses))
 
 
 class Trials:
@@ -80,12 +81,15 @@ class Trials:
         with engine.report.stage("optuna trials", count) as advance:
             for _ in range(before):
                 advance()
-            while (done := self.study.sync()) < count - int(
-                MOVES * count
-            ) and not deadline.expired():
-                self.study.run(self.weighted, starts[done] if done < len(starts) else None)
-                advance()
-            self.move(count, deadline, advance)
+            while (done := self.study.sync()) < count and not deadline.expired():
+                first, end = self.batch(done, count)
+                if done < self.weighted(count):
+                    asked = self.study.ask(first, end, starts[first:])
+                    plans = [self.solved(trial.values) for trial in asked]
+                    self.judge("weights", first, list(zip(asked, plans, strict=True)), advance)
+                elif not self.move(first, end, advance):
+                    break
+            self.study.flush()
         found = study.finished(self.study.trials)
         if not found:
             return None
@@ -98,52 +102,80 @@ class Trials:
         weights = study.weights(engine.layers, self.groups, best.values)
         return Tuned(weights, _choices(best.plan), len(self.study.trials))
 
-    def weighted(self, values: Mapping[str, float]) -> study.Outcome | None:
-        """The exact plan of weighted scores, judged."""
+    def weighted(self, count: int) -> int:
+        """How many of all trials try weights; the others try moves."""
+        return count - int(MOVES * count)
+
+    def batch(self, done: int, count: int) -> tuple[int, int]:
+        """The first trial of the batch that trial number `done` belongs to, and the batch's end.
+
+        Where other runs work on the study, everybody takes one trial at a time.
+        """
+        size, weighted = (1 if self.study.worker else TOGETHER), self.weighted(count)
+        low, high = (0, weighted) if done < weighted else (weighted, count)
+        first = done - (done - low) % size
+        return first, min(first + size, high)
+
+    def solved(self, values: Mapping[str, float]) -> Choices | None:
+        """The exact plan of weighted scores."""
         weights = study.weights(self.engine.layers, self.groups, values)
         plain = not any(values.values())
         try:
-            choices = self.engine.exact(self.ratio, weights, GAP if plain else TRIAL_GAP)
+            return self.engine.exact(self.ratio, weights, GAP if plain else TRIAL_GAP)
         except InfeasibleBudgetError:
             return None
-        return self.judged(choices, "weights")
 
-    def judged(self, choices: Choices, stage: str) -> study.Outcome:
+    def judge(
+        self,
+        stage: str,
+        first: int,
+        trials: Sequence[tuple[study.Asked, Choices | None]],
+        advance: Callable[[], None],
+    ) -> None:
+        """Judge a batch's plans side by side and store its trials, but those on file."""
+        found = study.finished(self.study.trials[:first])
+        best = min(found, key=lambda item: item.loss, default=None)
+        new = trials[len(self.study.trials) - first :]
+        plans = [plan for _, plan in new if plan]
+        began = time.monotonic()
+        answers = self.engine.judged("trial", plans, bar=best.losses if best else ())
+        self.evaluating += time.monotonic() - began
+        losses = iter(answers)
+        for asked, plan in new:
+            self.study.tell(asked, self.outcome(stage, plan, next(losses)) if plan else None)
+            advance()
+
+    def outcome(
+        self, stage: str, choices: Choices, losses: Sequence[float] | None
+    ) -> study.Outcome:
         ratio = self.engine.predicted_ratio(choices)
         assert ratio is not None
-        found = study.finished(self.study.trials)
-        best = min(found, key=lambda item: item.loss, default=None)
-        bar = best.losses if best else ()
-
-        def hopeless(losses: Sequence[float]) -> bool:
-            return bool(bar) and fmean(losses) > HOPELESS * fmean(bar[: len(losses)])
-
-        began = time.monotonic()
-        losses = self.engine.losses("trial", choices, hopeless=hopeless)
-        self.evaluating += time.monotonic() - began
+        assert losses is not None
         plan = {name: c.key for name, c in choices.items()}
-        pruned = len(losses) < len(self.engine.batches)
+        pruned = len(losses) < len(self.engine.order)
         return study.Outcome(losses, ratio, ratio - self.target, plan, stage, pruned)
 
-    def move(self, count: int, deadline: Deadline, advance: Callable[[], None]) -> None:
-        """Moves of the best plan so far, stored as trials of its weights."""
-        engine = self.engine
-        tried = {digest(_choices(t.user_attrs["plan"])) for t in self.study.trials
-                 if "plan" in t.user_attrs}  # fmt: skip
-        while self.study.sync() < count and not deadline.expired():
-            found = study.finished(self.study.trials)
-            if not found:
-                return
-            best = min(found, key=lambda item: item.loss)
-            weights = study.weights(engine.layers, self.groups, best.values)
-            groups = grouped(engine.options(), weights, ties_of(engine.layers))
-            plans = moves(groups, _choices(best.plan), self.ratio * engine.dense_cost)
-            plan = next((p for p in plans if digest(p) not in tried and self.fits(p)), None)
-            if plan is None:
-                return
-            tried.add(digest(plan))
-            self.study.run(lambda _, p=plan: self.judged(p, "move"), best.values)  # type: ignore[misc]
-            advance()
+    def move(self, first: int, end: int, advance: Callable[[], None]) -> bool:
+        """Moves of the best plan before `first`, stored as trials of its weights.
+
+        Returns:
+            Whether there was any left to try.
+        """
+        engine, history = self.engine, self.study.trials[:first]
+        found = study.finished(history)
+        if not found:
+            return False
+        tried = {digest(_choices(t.user_attrs["plan"])) for t in history if "plan" in t.user_attrs}
+        best = min(found, key=lambda item: item.loss)
+        weights = study.weights(engine.layers, self.groups, best.values)
+        groups = grouped(engine.options(), weights, ties_of(engine.layers))
+        plans = moves(groups, _choices(best.plan), self.ratio * engine.dense_cost)
+        untried = (p for p in plans if digest(p) not in tried and self.fits(p))
+        batch = list(islice(untried, end - first))
+        asked = self.study.ask(first, first + len(batch), [best.values] * len(batch))
+        done = len(self.study.trials)
+        self.judge("move", first, list(zip(asked, batch, strict=True)), advance)
+        return len(self.study.trials) > done
 
     def fits(self, plan: Choices) -> bool:
         """Whether a move also keeps a budget that holds on each workload."""

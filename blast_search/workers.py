@@ -65,7 +65,7 @@ def measure_cells(
         from blast_search import cluster, trainable
 
         with cluster.attached(ray_address):
-            places = cluster.places(cells[0], device_type, say)
+            places = cluster.places(cells[0].device, cells[0].dtype, device_type, say)
             trainable.run(cells, device_type, on_result, places, measure)
         return
     for cell in cells:

@@ -14,6 +14,7 @@ import torch
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_worker_niceness", "0")  # as blast_search.cluster sets it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["BLAST_SEARCH_CACHE"] = "off"  # measured cells of tests are nobody else's
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from blast_search import solver
+from blast_search.deadline import FOREVER, Deadline
+from blast_search.judge import HOPELESS
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
 from blast_search.space import DENSE, Call, Candidate, LayerSpec
@@ -50,12 +52,12 @@ class Landscape:
             self.hidden[layer.name] = factor * 2.0 ** rng.normal(0, single)
         self.by_key = {(n, o.candidate): o for n, items in self.table.items() for o in items}
         self.dense_cost = 100.0 * len(self.layers)
-        self.batches = [0, 1, 2, 3]
+        self.order = [0, 1, 2, 3]
         self.batch_factors = 1 + 0.1 * rng.normal(0, 1, 4)
         self.report, self.scorer = Silent(), self
         self.additivity: dict[str, Any] = {}
         self.tuning: dict[str, Any] = {}
-        self.judged: list[str] = []  # what was built, and batches seen
+        self.asked: list[str] = []  # what was built, and batches seen
         self.batches_seen = 0
 
     def options(self) -> dict[str, list[Option]]:
@@ -70,24 +72,35 @@ class Landscape:
     def predicted_ratio(self, choices: Choices) -> float:
         return sum(self.by_key[n, c].cost_us for n, c in choices.items()) / self.dense_cost
 
-    def losses(
+    def judged(
         self,
         _name: str,
-        choices: Choices,
+        plans: Sequence[Choices],
         count: int | None = None,
-        hopeless: Callable[[Sequence[float]], bool] | None = None,
+        bar: Sequence[float] = (),
+        deadline: Deadline = FOREVER,
+        advance: Callable[[], None] = lambda: None,
+    ) -> list[list[float] | None]:
+        answers: list[list[float] | None] = []
+        for choices in plans:
+            advance()
+            answers.append(None if deadline.expired() else self._losses(choices, count, bar))
+        return answers
+
+    def _losses(
+        self, choices: Choices, count: int | None = None, bar: Sequence[float] = ()
     ) -> list[float]:
         total = sum(self.hidden[n] * self.by_key[n, c].loss for n, c in choices.items())
         found: list[float] = []
-        self.judged.append(digest(choices))
+        self.asked.append(digest(choices))
         for factor in self.batch_factors[:count]:
             found.append(float(factor * (total + 0.5 * total**2)))
             self.batches_seen += 1
-            if hopeless and len(found) < 4 and hopeless(found):
+            if bar and len(found) < 4 and np.mean(found) > HOPELESS * np.mean(bar[: len(found)]):
                 break
         return found
 
     def loss(self, choices: Choices) -> float:
-        return float(np.mean(self.losses("", choices)))
+        return float(np.mean(self._losses(choices)))
 
     def note_point(self, *_: Any) -> None: ...

@@ -96,7 +96,7 @@ def test_every_cell_once_though_a_node_and_workers_die(nodes: Cluster, tmp_path,
         alive = ray.nodes()
         monkeypatch.setenv(cluster.RESOURCE, "H100")
         with pytest.raises(BlastSearchError, match=r"RESOURCE=H100: no node offers one"):
-            cluster.places(cells[0], "cpu", said.append)
+            cluster.places(cells[0].device, "float32", "cpu", said.append)
         monkeypatch.setenv(cluster.RESOURCE, "prof")
         workers.measure_cells(
             cells, "cpu", record, "ray", measure=measure_and_log, say=said.append

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +77,7 @@ def test_only_close_and_different_plans_are_rivals():
 def test_time_bounds_the_random_plans():
     world = Landscape(0)
     values, replacing = additivity.check(world, TARGET, [], 0, Deadline(0.0))  # type: ignore[arg-type]
-    assert (values, replacing, world.additivity, world.judged) == ({}, {}, {}, [])
+    assert (values, replacing, world.additivity, world.asked) == ({}, {}, {}, [])
 
 
 def test_moves_keep_the_budget_and_change_one_layer_up_and_one_down():
@@ -117,7 +119,7 @@ def test_trials_start_from_the_exact_plan_lower_the_loss_and_resume(tmp_path: Pa
     first, second = trials.study.trials[:2]
     assert set(first.params.values()) == {0.0}
     assert second.params == pytest.approx(start)
-    assert first.user_attrs["losses"] == world.losses("", world.exact(0.975 * TARGET))
+    assert first.user_attrs["losses"] == world.judged("", [world.exact(0.975 * TARGET)])[0]
     stages = [t.user_attrs["stage"] for t in trials.study.trials]
     assert stages == ["weights"] * 9 + ["move"] * 3
     assert world.loss(tuned.choices) == pytest.approx(world.tuning["best_loss"])
@@ -125,40 +127,67 @@ def test_trials_start_from_the_exact_plan_lower_the_loss_and_resume(tmp_path: Pa
     assert world.predicted_ratio(tuned.choices) <= TARGET
     again = Landscape(2)
     resumed, _ = run_trials(again, tmp_path / "a.db", 12, start)
-    assert again.judged == []
+    assert again.asked == []
     assert [t.params for t in resumed.study.trials] == [t.params for t in trials.study.trials]
 
 
-def test_a_stopped_study_goes_on_as_if_it_had_not_been(tmp_path: Path):
-    storage = [study.Storage(f"sqlite:///{tmp_path / name}.db") for name in ("whole", "parts")]
+def outcome(values: Mapping[str, float], prune: float = np.inf) -> study.Outcome:
+    loss = sum((v - 0.5) ** 2 for v in values.values())
+    return study.Outcome([loss], 0.3, -0.1, {"a": "dense"}, "weights", pruned=loss > prune)
 
-    def outcome(values: dict[str, float]) -> study.Outcome:
-        loss = sum((v - 0.5) ** 2 for v in values.values())
-        return study.Outcome([loss], 0.3, -0.1, {"a": "dense"}, "weights", pruned=loss > 2)
 
-    whole = study.Study(["x", "y"], storage[0], 7)
-    for _ in range(6):
-        whole.run(outcome)
-    for _ in range(6):  # opened anew for every trial
-        study.Study(["x", "y"], storage[1], 7).run(outcome)
-    parts = study.Study(["x", "y"], storage[1], 7)
-    assert [t.params for t in parts.trials] == [t.params for t in whole.trials]
-    assert {t.state.name for t in whole.trials} == {"COMPLETE", "PRUNED"}
+@pytest.mark.parametrize("kept", range(13))
+def test_trials_that_were_stopped_anywhere_go_on_as_if_they_had_not_been(
+    tmp_path: Path, kept: int, whole: list[Any]
+):
+    """A study that holds the first `kept` trials, among them half batches, is continued."""
+    part = study.Storage(f"sqlite:///{tmp_path}/part.db")
+    study.Study([], part, 0)._stored.add_trials(whole[:kept])
+    resumed, _ = run_trials(Landscape(2), tmp_path / "part.db", 12)
+    assert [t.params for t in resumed.study.trials] == [t.params for t in whole]
+    assert [t.values for t in resumed.study.trials] == [t.values for t in whole]
+    plans = [t.user_attrs["plan"] for t in whole]
+    assert [t.user_attrs["plan"] for t in resumed.study.trials] == plans
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    trials, _ = run_trials(Landscape(2), tmp_path_factory.mktemp("whole") / "s.db", 12)
+    return trials.study.trials
+
+
+def test_trials_of_a_batch_differ_and_see_nothing_of_each_other(tmp_path: Path):
+    one, two = (
+        study.Study(["x", "y"], study.Storage(f"sqlite:///{tmp_path / name}.db"), 7)
+        for name in ("one", "two")
+    )
+    for first in range(0, 12, 4):
+        for trial in one.ask(first, first + 4):
+            one.tell(trial, outcome(trial.values, prune=2.0))
+        for trial in two.ask(first, first + 4)[:2]:
+            two.tell(trial, outcome(trial.values, prune=2.0))
+        for trial in two.ask(first, first + 4)[2:]:  # half of the batch is known by now
+            two.tell(trial, outcome(trial.values, prune=2.0))
+    assert [t.params for t in one.trials] == [t.params for t in two.trials]
+    assert len({tuple(t.params.values()) for t in one.trials}) == 12
+    assert {t.state.name for t in one.trials} == {"COMPLETE", "PRUNED"}
 
 
 def test_workers_take_over_each_others_trials_and_do_not_repeat_them(tmp_path: Path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     one, two = (study.Study(["x", "y"], study.Storage(url, "s", w), 0) for w in ("one", "two"))
 
-    def outcome(values: dict[str, float]) -> study.Outcome:
-        loss = sum((v - 0.5) ** 2 for v in values.values())
-        return study.Outcome([loss], 0.3, -0.1, {"a": "dense"}, "weights", False)
+    def run(worker: study.Study, starts: Sequence[Mapping[str, float]] = ()) -> None:
+        done = len(worker.trials)
+        (asked,) = worker.ask(done, done + 1, starts)
+        worker.tell(asked, outcome(asked.values))
+        worker.flush()
 
-    one.run(outcome, {})
+    run(one, [{}])
     for _ in range(3):  # neither knows the other's latest trial, both have the same number
         assert one.sync() == two.sync()
-        one.run(outcome)
-        two.run(outcome)
+        run(one)
+        run(two)
     assert one.sync() == two.sync() == 7
     assert [study.worker_of(t) for t in two.trials].count("one") == 4
     assert len({tuple(t.params.values()) for t in one.trials}) == 7
@@ -180,7 +209,7 @@ def test_hopeless_trials_are_given_up(tmp_path: Path):
     for trial in pruned:
         assert len(trial.user_attrs["losses"]) < 4
         assert np.mean(trial.user_attrs["losses"]) > min(t.loss for t in complete)
-    assert world.batches_seen < 4 * len(world.judged)
+    assert world.batches_seen < 4 * len(world.asked)
 
 
 def test_interpolated_scales():

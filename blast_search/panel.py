@@ -1,0 +1,171 @@
+"""Plans judged in this process or, where that pays, by many Ray workers at once.
+
+Each worker holds the dense model and what fits its layers (judge.py), loaded once.  Nothing is
+timed by them, so several share one machine's cores; they are gone before anything is timed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from blast_search import cluster
+from blast_search.deadline import FOREVER, Deadline
+from blast_search.judge import Judge, Question
+from blast_search.progress import Reporter
+
+PAYS = 45.0  # seconds of work ahead from which on workers are started: Ray needs about ten
+START_SECONDS = 120.0
+RESTARTS = 2  # of a worker, and attempts at a question
+
+OnAnswer = Callable[[int, list[float]], None]
+
+
+class Worker:
+    """What runs in a Ray worker.
+
+    The judge comes as bytes: its model may be of a module to which only the driver's path leads.
+    """
+
+    def __init__(self, judge: bytes, path: list[str], threads: int) -> None:
+        from ray import cloudpickle
+
+        sys.path += [folder for folder in path if folder not in sys.path]
+        torch.set_num_threads(threads)
+        self.judge: Judge = cloudpickle.loads(judge)
+
+    def losses(self, question: Question) -> list[float]:
+        return self.judge.losses(question)
+
+
+@dataclass
+class Panel:
+    """Where a run's plans are judged.
+
+    Attributes:
+        ray: Ray workers may be used; else everything happens in this process.
+        device: the fingerprint of the run's device; only nodes that have it take part.
+    """
+
+    judge: Judge
+    report: Reporter
+    ray: bool = False
+    ray_address: str | None = None
+    device: str = ""
+    device_type: str = "cpu"
+    dtype: str = "float32"
+    _workers: list[Any] = field(default_factory=list)
+    _stack: ExitStack | None = None
+    _ahead: int = 0  # questions that are expected in this session
+    _asked: int = 0
+    _seconds: float = 0.0  # that they took in this process
+
+    @contextmanager
+    def session(self, questions: int) -> Iterator[None]:
+        """Within it, workers are started where the expected number of questions is worth it."""
+        self._ahead, self._asked, self._seconds = questions, 0, 0.0
+        with ExitStack() as self._stack:
+            try:
+                yield
+            finally:
+                self._stack, self._workers = None, []
+
+    def ask(
+        self, questions: Sequence[Question], on_answer: OnAnswer, deadline: Deadline = FOREVER
+    ) -> None:
+        """Have plans judged; answers arrive in any order.
+
+        Args:
+            on_answer: told the question's index and its losses (see Judge.losses).
+            deadline: once it has passed, no further question is begun.
+        """
+        waiting = deque(range(len(questions)))
+        while waiting and not deadline.expired():
+            if not self._workers and self._worth_it():
+                self._start()
+            if self._workers:
+                self._spread(questions, waiting, on_answer, deadline)
+                continue
+            index, began = waiting.popleft(), time.monotonic()
+            losses = self.judge.losses(questions[index])
+            self._seconds += time.monotonic() - began
+            self._asked += 1
+            on_answer(index, losses)
+
+    def _worth_it(self) -> bool:
+        if not (self.ray and self._stack and self._asked):
+            return False
+        return (self._ahead - self._asked) * self._seconds / self._asked > PAYS
+
+    def _start(self) -> None:
+        """Start one worker per GPU, or as many per node as its cores and memory allow."""
+        import ray
+
+        assert self._stack
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(cluster.attached(self.ray_address))
+                found = cluster.places(self.device, self.dtype, self.device_type, lambda _: None)
+                seats = cluster.seats(found.nodes, self.device_type)
+                if len(seats) < 2:  # no more than this process is
+                    self.ray = False
+                    return
+                judge = ray.put(ray.cloudpickle.dumps(self.judge))
+                workers = [_placed(seat).remote(judge, sys.path, seat.threads) for seat in seats]
+                ready = [worker.__ray_ready__.remote() for worker in workers]
+                ray.get(ready, timeout=START_SECONDS)
+            except Exception as error:  # whatever it is, this process can do the work
+                self._alone(error)
+                return
+            self._workers = workers
+            self._stack.push(stack.pop_all())
+        self.report.say(f"plans are judged by {len(seats)} Ray workers")
+
+    def _spread(
+        self,
+        questions: Sequence[Question],
+        waiting: deque[int],
+        on_answer: OnAnswer,
+        deadline: Deadline,
+    ) -> None:
+        """Hand questions to the workers; on an error they go back to `waiting`."""
+        import ray
+
+        free, running = deque(self._workers), dict[Any, tuple[Any, int]]()
+        while (waiting and not deadline.expired()) or running:
+            while waiting and free and not deadline.expired():
+                worker, index = free.popleft(), waiting.popleft()
+                running[worker.losses.remote(questions[index])] = worker, index
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            worker, index = running.pop(done)
+            try:
+                losses = ray.get(done)
+            except ray.exceptions.RayError as error:
+                # Also an error of the model's: it is raised again, as itself, in this process.
+                waiting.extendleft([i for _, i in running.values()] + [index])
+                self._alone(error)
+                return
+            on_answer(index, losses)
+            free.append(worker)
+
+    def _alone(self, error: Exception) -> None:
+        self.ray, self._workers = False, []
+        cause = " ".join(str(error).split())[:200]
+        self.report.say(f"plans are judged in this process: Ray's workers failed ({cause})")
+
+
+def _placed(seat: cluster.Seat) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return ray.remote(Worker).options(
+        **seat.resources, max_restarts=RESTARTS, max_task_retries=RESTARTS,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(seat.node, soft=False),
+    )  # fmt: skip
