@@ -62,11 +62,16 @@ def _meet(
             break
         factors.append(engine.latency.asked_correction(choices, measured))
         # The median over rounds: following each single timing would chase its noise.
-        engine.latency.correction = min(max(median(factors), 0.2), 5.0)
+        engine.latency.correction = bounded(median(factors))
         estimate = engine.predicted_ratio(choices) or measured
         if CLOSE * target <= min(estimate, measured) <= max(estimate, measured) <= target:
             break
     return _best(engine, list(tried.values()), target)
+
+
+def bounded(correction: float) -> float:
+    """A correction of the latency table that no single wild timing can make absurd."""
+    return min(max(correction, 0.2), 5.0)
 
 
 def _best(engine: Engine, tried: list[Contender], target: float) -> Contender | None:

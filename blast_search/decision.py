@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from blast_search import additivity
-from blast_search.closed_loop import Make, meet
+from blast_search.closed_loop import CLOSE, Make, bounded, meet
 from blast_search.deadline import Deadline
 from blast_search.engine import AIM, Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
@@ -15,7 +15,7 @@ from blast_search.plan import Choices
 from blast_search.runfolder import digest
 from blast_search.space import DENSE
 from blast_search.study import Storage
-from blast_search.trials import Trials, Tuned, evaluate_front
+from blast_search.trials import FRONT_BUDGETS, Trials, Tuned, evaluate_front
 
 FINAL_ROUNDS = 4
 FINAL_SECONDS = 40.0
@@ -95,12 +95,13 @@ def decide(
     done, weights, tuned = 0, dict[str, float](), None
     if not (exact.all_dense or engine.space.uniform):
         built = [c.choices for c in (exact, *baselines.values())]
-        found, weights = additivity.check(
-            engine, target, built, seed, deadline.share(additivity.SHARE)
-        )
-        evaluate_front(engine, target, weights, deadline.share(FRONT_SHARE))
-        if trials:
-            tuned = Trials(engine, target, storage, seed).run(trials, found, deadline)
+        with engine.panel.session(additivity.PLANS + len(FRONT_BUDGETS) + trials):
+            found, weights = additivity.check(
+                engine, target, built, seed, deadline.share(additivity.SHARE)
+            )
+            evaluate_front(engine, target, weights, deadline.share(FRONT_SHARE))
+            if trials:
+                tuned = Trials(engine, target, storage, seed).run(trials, found, deadline)
         if tuned:
             done, weights = tuned.trials, tuned.weights
         if weights:
@@ -155,11 +156,19 @@ def _not_worse(engine: Engine, decision: Decision) -> Decision:
 def _searched(
     engine: Engine, ratio: float, tuned: Tuned | None, weights: Mapping[str, float]
 ) -> Choices:
-    """The best plan of the trials where it fits the ratio, else the exact one of its weights."""
+    """The best plan of the trials where it fits the ratio, else the exact one of its weights.
+
+    The trials were solved with the correction of their time: where a later one leaves their best
+    plan far below the ratio, its weights make a larger plan.
+    """
     if tuned:
         predicted = engine.predicted_ratio(tuned.choices)
         if predicted is not None and predicted <= ratio * (1 + 1e-9):
-            return tuned.choices
+            if predicted >= CLOSE * ratio:
+                return tuned.choices
+            larger = engine.exact(ratio, weights)
+            reached = engine.predicted_ratio(larger)
+            return larger if reached and predicted < CLOSE * reached else tuned.choices
     return engine.exact(ratio, weights)
 
 
@@ -195,8 +204,12 @@ def _final(
     dense: Timing,
     trials: int,
 ) -> Decision:
-    """Time the winner and the uniform plans side by side; tighten until the winner holds."""
-    aim = AIM
+    """Time the winner and the uniform plans side by side, until the winner holds the target.
+
+    A winner over it is tightened.  One that leaves much of it unused, because the timings before
+    were pessimistic, gets a larger rival; of the two the one of less true loss stays.
+    """
+    aim, best = AIM, None
     for _ in range(FINAL_ROUNDS):
         contenders = {"searched": winner} | baselines
         timings = engine.time(
@@ -212,14 +225,39 @@ def _final(
         winner = timed.pop("searched")
         decision = Decision(winner, timed, target, timings[0], trials, winner.feasible, make)
         if winner.feasible:
-            return decision
-        engine.report.detail(f"  final timing {winner.ratio:.3f} is over {target:.3f}: tightening")
-        aim *= min(0.99, target / winner.ratio)
-        again = meet(engine, winner.name, make, target, aim)
+            best = _better(engine, best, decision)
+            again = _larger(engine, winner, make, target)
+        elif best:
+            break
+        else:
+            engine.report.detail(
+                f"  final timing {winner.ratio:.3f} is over {target:.3f}: tightening"
+            )
+            aim *= min(0.99, target / winner.ratio)
+            again = meet(engine, winner.name, make, target, aim)
         if again is None:
             break
         winner = again
-    return decision
+    return best or decision
+
+
+def _better(engine: Engine, best: Decision | None, other: Decision) -> Decision:
+    if best is None:
+        return other
+    return min(best, other, key=lambda d: engine.true_loss(d.winner.name, d.winner.choices))
+
+
+def _larger(engine: Engine, winner: Contender, make: Make, target: float) -> Contender | None:
+    """A plan that uses what the winner leaves of the target, if that is much; not timed yet."""
+    if not engine.by_time or winner.all_dense or winner.ratio >= CLOSE * target:
+        return None
+    asked = engine.latency.asked_correction(winner.choices, winner.ratio)
+    engine.latency.correction = bounded(asked)
+    choices = make(AIM * target)
+    if digest(choices) == digest(winner.choices):
+        return None
+    engine.report.detail(f"  final timing {winner.ratio:.3f} leaves room below {target:.3f}")
+    return replace(winner, choices=choices)
 
 
 def _fastest(engine: Engine, exact: Contender | None, target: float) -> tuple[Contender, Make]:

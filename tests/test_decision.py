@@ -1,0 +1,114 @@
+"""The last timings of a search: never over the budget, and little of it left unused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from landscape import Silent
+
+from blast_search.decision import _final, _searched
+from blast_search.engine import Contender
+from blast_search.model_latency import Timing
+from blast_search.plan import Choices
+from blast_search.space import Candidate
+from blast_search.trials import Tuned
+
+TARGET = 0.3
+TIMING = Timing(1, 1, 1, 9, (1, 1), 2, 0, 0.5, (0.5, 0.5), 0.5, (0.5, 0.5))
+
+
+@dataclass
+class World:
+    """One layer: rank r is predicted at correction * r / 1000, and loses 1/r."""
+
+    real: Callable[[int, int], float]  # rank, number of the timing -> measured ratio
+    latency: Any = field(default_factory=lambda: SimpleNamespace(correction=1.0))
+    report: Any = field(default_factory=lambda: Loud())
+    timed: list[int] = field(default_factory=list)
+    rounds: list[Any] = field(default_factory=list)
+    by_time: bool = True
+
+    def __post_init__(self) -> None:
+        self.latency.asked_correction = lambda choices, ratio: 1000 * ratio / rank(choices)
+
+    def time(self, _name: str, plans: Mapping[str, Choices], _seconds: float) -> list[Timing]:
+        ranks = [rank(plan) for plan in plans.values()]
+        self.timed.append(ranks[0])
+        return [replace(TIMING, ratio_layers=self.real(r, len(self.timed))) for r in ranks]
+
+    def measured_ratio(self, _choices: Choices, timing: Timing) -> float:
+        return timing.ratio_layers
+
+    def predicted_ratio(self, choices: Choices) -> float:
+        return self.latency.correction * rank(choices) / 1000
+
+    def exact(self, ratio: float, _weights: object = None) -> Choices:
+        return plan(round(1000 * ratio / self.latency.correction))
+
+    def true_loss(self, _name: str, choices: Choices) -> float:
+        return 1 / rank(choices)
+
+    def final(self, start: int) -> Any:
+        winner = Contender("searched", plan(start), TIMING, 0.29, True)
+        return _final(self, winner, self.exact, {}, TARGET, TIMING, 0)  # type: ignore[arg-type]
+
+
+class Loud(Silent):
+    def detail(self, _text: str) -> None: ...
+
+
+def plan(r: int) -> Choices:
+    return {"a": Candidate(1, r)}
+
+
+def rank(choices: Choices) -> int:
+    return choices["a"].rank
+
+
+def test_a_winner_that_uses_its_budget_is_timed_once():
+    world = World(lambda r, _: r / 1000)
+    assert world.final(290).winner.ratio == pytest.approx(0.29)
+    assert world.timed == [290]
+
+
+def test_a_winner_that_leaves_room_gets_a_larger_plan():
+    world = World(lambda r, _: 0.8 * r / 1000)  # the loop before saw slower timings
+    decision = world.final(290)
+    assert decision.met
+    assert decision.winner.choices == plan(366)
+    assert 0.97 * TARGET < decision.winner.ratio <= TARGET
+    assert len(world.timed) == 2
+
+
+def test_a_larger_plan_that_does_not_hold_is_not_taken():
+    world = World(lambda r, count: 0.8 * r / 1000 if count == 1 else 1.2 * r / 1000)
+    decision = world.final(290)
+    assert decision.met
+    assert decision.winner.choices == plan(290)
+    assert decision.winner.ratio <= TARGET
+
+
+def test_a_winner_over_the_budget_is_tightened():
+    world = World(lambda r, _: 1.1 * r / 1000)
+    decision = world.final(290)
+    assert decision.met
+    assert 0.9 * TARGET < decision.winner.ratio <= TARGET
+
+
+def test_nothing_holds():
+    decision = World(lambda _, __: 0.5).final(290)
+    assert not decision.met
+
+
+def test_trials_solved_under_a_pessimistic_correction_give_way_to_a_larger_plan():
+    world = World(lambda r, _: r / 1000)
+    tuned = Tuned({"a": 1.0}, plan(290), 20)
+    assert _searched(world, 0.29, tuned, {"a": 1.0}) == plan(290)  # type: ignore[arg-type]
+    world.latency.correction = 0.8
+    assert _searched(world, 0.29, tuned, {"a": 1.0}) == plan(362)  # type: ignore[arg-type]
+    world.latency.correction = 1.2
+    assert _searched(world, 0.29, tuned, {"a": 1.0}) == plan(242)  # type: ignore[arg-type]
