@@ -116,6 +116,7 @@ def search(
 
 @app.command()
 def profile(
+    context: typer.Context,
     task: TaskOption = "minilm",
     space: SpaceOption = "default",
     workload: WorkloadOption = None,
@@ -126,6 +127,13 @@ def profile(
     check: Annotated[
         bool, typer.Option("--check", help="Time random plans: predicted against measured.")
     ] = False,
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a task, a published architecture: llama-7b, llama-3-8b, "
+            "gpt2, vit-l, dit-xl."
+        ),
+    ] = None,
     workers: WorkersOption = "auto",
     ray_address: AddressOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder for latency.csv.")] = None,
@@ -138,7 +146,12 @@ def profile(
     """Measure only the latency table of a model on this device."""
     from blast_search import commands
     from blast_search.settings import Settings
+    from blast_search.tasks import SHAPES
 
+    if shapes:
+        if "task" in _given(context):
+            raise errors.UsageError("--task and --shapes exclude each other: leave one out.")
+        task = SHAPES + shapes
     result = commands.profile(
         Settings(task=task, budget=1.0, space=space, workload=workload, device=device,
                  dtype=dtype, mode=mode, profile=profile, seed=seed),

@@ -29,7 +29,7 @@ from blast_search.saved import console
 from blast_search.settings import Settings
 from blast_search.space import LayerSpec, load_space
 from blast_search.tables import LatencyTable
-from blast_search.tasks import load_task
+from blast_search.tasks import SHAPES, load_task
 
 NOT_SETTINGS = (
     "workers", "ray_address", "out", "resume", "dry_run", "config", "as_json", "quiet", "verbose",
@@ -134,7 +134,7 @@ def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[
     settings = Settings(**{k: values[k] for k in SETTING_NAMES})
     settings.check()
     task, space = load_task(settings.task), load_space(settings.space)
-    prepared = prepare(task, settings, space)
+    prepared = prepare(task, settings, space, meta=settings.task.startswith(SHAPES))
     cells = prepared.cells()
     missing = cells
     out = values.get("out")
@@ -181,7 +181,8 @@ def profile(
     if dry_run:
         return forecast(asdict(settings) | {"out": out}, report, silent)
     loaded = load_task(settings.task)
-    prepared = prepare(loaded, settings, load_space(settings.space))
+    meta = settings.task.startswith(SHAPES) and not check
+    prepared = prepare(loaded, settings, load_space(settings.space), meta)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = make_folder(out or Path("results") / f"profile-{loaded.name}-{stamp}")
     with locked(folder):

@@ -80,7 +80,7 @@ def inventory(
     layers, skipped = [], {}
     for module, (name, *aliases) in linears.items():
         weight = dense_weight(module)
-        if not bool(weight.isfinite().all()):
+        if not weight.is_meta and not bool(weight.isfinite().all()):
             raise IncompatibleInputError(
                 f"layer {name}: its weight holds NaN or infinity. Repair the checkpoint first."
             )
@@ -143,8 +143,9 @@ def _trace(
                     f"{type(error).__name__}: {error}. Expected a tensor (model(x)), a tuple "
                     "(model(*x)) or a dict (model(**x)): check the task's workload()."
                 ) from error
-            result = output_tensor(output)[0].untyped_storage().data_ptr()
-            heads |= {m for m, o in outputs.items() if o.untyped_storage().data_ptr() == result}
+            # `_cdata` tells storages apart also where they have no data (the "meta" device).
+            result = output_tensor(output)[0].untyped_storage()._cdata
+            heads |= {m for m, o in outputs.items() if o.untyped_storage()._cdata == result}
             outputs.clear()
     finally:
         for hook in hooks:

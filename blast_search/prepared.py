@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +44,11 @@ class Prepared:
         )
 
 
-def prepare(task: Task, settings: Settings, space: SearchSpace) -> Prepared:
+def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = False) -> Prepared:
     """Build the dense model and list its layers.
+
+    Args:
+        meta: a model without storage (PyTorch's "meta" device), of which only cells are wanted.
 
     Raises:
         IncompatibleInputError: no linear layer to search, block counts that fit none, a model
@@ -53,8 +57,10 @@ def prepare(task: Task, settings: Settings, space: SearchSpace) -> Prepared:
     torch.manual_seed(settings.seed)
     device, dtype = pick_device(settings.device), DTYPES[settings.dtype]
     check_mode(settings.mode, device.type)
-    workloads = workloads_of(task, settings.workload)
-    model = task.model().eval().to(device, dtype)
+    with torch.device("meta") if meta else nullcontext():
+        workloads = workloads_of(task, settings.workload)
+        model = task.model().eval()
+    model = model.to("meta" if meta else device, dtype)
     layers, skipped = inventory(model, workloads, space)
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:4])

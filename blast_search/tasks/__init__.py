@@ -19,15 +19,16 @@ BUILTIN: dict[str, str] = {
     "smollm2": "language model SmolLM2-135M (210 Linear layers): Wikipedia text, perplexity",
     "vit": "small vision transformer trained here on Fashion-MNIST: accuracy",
 }
+SHAPES = "shapes:"  # a published architecture without its weights
 _METHODS = ("model", "workload", "calibration", "evaluate", "train_batches", "loss")
 _FORMS = (
     f"Expected one of {', '.join(BUILTIN)}, or pkg.module:function (a function that returns a "
-    "task), or hf:FOLDER?text=FILE."
+    "task), or hf:FOLDER?text=FILE, or shapes:NAME."
 )
 
 
 def load_task(spec: str) -> Task:
-    """The task that `spec` names: built-in, pkg.module:function, or hf:FOLDER?text=FILE.
+    """The task that `spec` names: built-in, pkg.module:function, hf:FOLDER?text=FILE, shapes:NAME.
 
     A module is looked up in the current folder first.
 
@@ -40,6 +41,10 @@ def load_task(spec: str) -> Task:
         return task
     if spec.startswith("hf:"):
         return _load_hf(spec)
+    if spec.startswith(SHAPES):
+        from blast_search.tasks.shapes import ShapesTask
+
+        return ShapesTask(spec.removeprefix(SHAPES))
     module_name, colon, function_name = spec.partition(":")
     if not colon or not module_name or not function_name:
         raise UsageError(f"unknown task {spec!r}. {_FORMS} Run `blast-search tasks` for a list.")
