@@ -112,9 +112,11 @@ class LatencyTable:
         return table
 
     def add(self, cell: Cell, measured: Measurement | None, status: str = "ok") -> None:
+        """Add a cell; what is used is what is on file, so that a resumed run sees the same."""
+        row = cell_row(cell, measured, status)
         if self.path:
-            append_row(self.path, FIELDS, cell_row(cell, measured, status))
-        self.cells[cell] = measured
+            append_row(self.path, FIELDS, row)
+        self.add_row(row, "a new cell")
 
     def add_row(self, row: Mapping[str, Any], origin: str) -> None:
         """Add a cell from its row (cell_row), in memory only."""
