@@ -19,6 +19,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["BLAST_SEARCH_CACHE"] = "off"  # measured cells of tests are nobody else's
 
 
+# Begun first, in this order, so that no worker is left with them alone at the end.
+LONGEST = ("test_readme.py", "test_pipeline.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
