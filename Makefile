@@ -12,7 +12,8 @@ demo: $(VENV)/.demo
 	$(BIN)/blast-search --budget 0.3
 
 test: $(VENV)/.test check
-	RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile $(PYTEST)
+	RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -q --durations=15 -n 2 --dist loadfile \
+		--no-loadscope-reorder $(PYTEST)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
