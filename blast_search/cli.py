@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from blast_search import errors, model_verbs
+from blast_search import errors, measure_verbs, model_verbs
 from blast_search.options import (
     AddressOption,
     BudgetOption,
@@ -34,6 +34,7 @@ from blast_search.options import (
     WorkersOption,
     WorkloadOption,
     emit,
+    given,
     reporter,
 )
 
@@ -54,15 +55,6 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.BlastSearchError, 1),
     (OSError, 1),
 )
-
-
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The options that stand on the command line."""
-    return {
-        name: value
-        for name, value in context.params.items()
-        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    }
 
 
 @app.command()
@@ -107,58 +99,14 @@ def search(
 
     options = {k: v for k, v in context.params.items() if k not in commands.NOT_SETTINGS}
     result = commands.search(
-        options, _given(context), config, resume, dry_run, reporter(quiet, verbose),
+        options, given(context), config, resume, dry_run, reporter(quiet, verbose),
         quiet or as_json,
     )  # fmt: skip
     if as_json:
         emit(result)
 
 
-@app.command()
-def profile(
-    context: typer.Context,
-    task: TaskOption = "minilm",
-    space: SpaceOption = "default",
-    workload: WorkloadOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    mode: ModeOption = "eager",
-    profile: ProfileOption = "full",
-    check: Annotated[
-        bool, typer.Option("--check", help="Time random plans: predicted against measured.")
-    ] = False,
-    shapes: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of a task, a published architecture: llama-7b, llama-3-8b, "
-            "gpt2, vit-l, dit-xl."
-        ),
-    ] = None,
-    workers: WorkersOption = "auto",
-    ray_address: AddressOption = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for latency.csv.")] = None,
-    seed: SeedOption = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only a forecast of cost.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Measure only the latency table of a model on this device."""
-    from blast_search import commands
-    from blast_search.settings import Settings
-    from blast_search.tasks import SHAPES
-
-    if shapes:
-        if "task" in _given(context):
-            raise errors.UsageError("--task and --shapes exclude each other: leave one out.")
-        task = SHAPES + shapes
-    result = commands.profile(
-        Settings(task=task, budget=1.0, space=space, workload=workload, device=device,
-                 dtype=dtype, mode=mode, profile=profile, seed=seed),
-        workers, ray_address, out, check, dry_run, reporter(quiet, verbose), quiet or as_json,
-    )  # fmt: skip
-    if as_json:
-        emit(result)
+app.command()(measure_verbs.profile)
 
 
 @app.command()
@@ -178,40 +126,11 @@ def pareto(
         emit(result)
 
 
-for verb in (model_verbs.apply, model_verbs.retrain, model_verbs.refresh, model_verbs.verify):
+for verb in (
+    model_verbs.apply, model_verbs.retrain, model_verbs.refresh, model_verbs.verify,
+    measure_verbs.compare,
+):  # fmt: skip
     app.command()(verb)
-
-
-@app.command()
-def compare(
-    context: typer.Context,
-    budget: BudgetOption = None,
-    seeds: Annotated[int, typer.Option(help="Retrainings of every contender.")] = 3,
-    task: TaskOption = "minilm",
-    space: SpaceOption = "default",
-    workload: WorkloadOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "float32",
-    workers: WorkersOption = "auto",
-    ray_address: AddressOption = None,
-    trials: TrialsOption = 20,
-    retrain_steps: StepsOption = None,
-    out: OutOption = None,
-    resume: ResumeOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """The search beside uniform plans of every structure, at equal measured latency."""
-    from blast_search import commands
-
-    options = {k: v for k, v in context.params.items() if k not in commands.NOT_ARGUMENTS}
-    result = commands.compare(
-        options, _given(context), resume, reporter(quiet, verbose), quiet or as_json
-    )
-    if as_json:
-        emit(result)
 
 
 @app.command()

@@ -59,6 +59,9 @@ def compare(
     out: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
+    mode: str = "eager",
+    profile: str = "full",
+    every_workload: bool = False,
     extra: Extra | None = None,
     report: Reporter = SILENT,
 ) -> Comparison:
@@ -79,8 +82,8 @@ def compare(
     name = space.name if isinstance(space, SearchSpace) else str(space or "default")
     settings = CompareSettings(
         task if isinstance(task, str) else task.name, budget, space=name, workload=workload,
-        device=device, dtype=dtype, trials=trials, retrain_steps=retrain_steps, seed=seed,
-        seeds=seeds,
+        device=device, dtype=dtype, mode=mode, profile=profile, trials=trials,
+        retrain_steps=retrain_steps, seed=seed, every_workload=every_workload, seeds=seeds,
     )  # fmt: skip
     settings.check()
     with opened(settings, task, space, out, resume, workers, ray_address, report) as pipeline:

@@ -45,6 +45,15 @@ ModelOption = Annotated[
 SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
 
 
+def given(context: typer.Context) -> dict[str, Any]:
+    """The options that stand on the command line."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+
+
 def reporter(quiet: bool, verbose: bool = False) -> Reporter:
     return Reporter(0 if quiet else 2 if verbose else 1)
 

@@ -34,12 +34,12 @@ class Worker:
     The judge comes as bytes: its model may be of a module to which only the driver's path leads.
     """
 
-    def __init__(self, judge: bytes, path: list[str], threads: int) -> None:
-        from ray import cloudpickle
+    def __init__(self, judge: list[Any], path: list[str], threads: int) -> None:
+        import ray
 
         sys.path += [folder for folder in path if folder not in sys.path]
         torch.set_num_threads(threads)
-        self.judge: Judge = cloudpickle.loads(judge)
+        self.judge: Judge = ray.cloudpickle.loads(ray.get(judge[0]))
 
     def losses(self, question: Question) -> list[float]:
         return self.judge.losses(question)
@@ -117,7 +117,9 @@ class Panel:
                 if len(seats) < 2:  # no more than this process is
                     self.ray = False
                     return
-                judge = ray.put(ray.cloudpickle.dumps(self.judge))
+                # Held in a list, and here: a worker that is started again needs it once more.
+                judge = [ray.put(ray.cloudpickle.dumps(self.judge))]
+                stack.callback(judge.clear)
                 workers = [_placed(seat).remote(judge, sys.path, seat.threads) for seat in seats]
                 ready = [worker.__ray_ready__.remote() for worker in workers]
                 ray.get(ready, timeout=START_SECONDS)
