@@ -31,18 +31,26 @@ OnAnswer = Callable[[int, list[float]], None]
 class Worker:
     """What runs in a Ray worker.
 
-    The judge comes as bytes: its model may be of a module to which only the driver's path leads.
+    The judge comes as bytes, because its model may be of a module to which only the driver's path
+    leads; and with every question, because a worker that is started again has lost it.
     """
 
-    def __init__(self, judge: list[Any], path: list[str], threads: int) -> None:
-        import ray
-
+    def __init__(self, path: list[str], threads: int) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
         torch.set_num_threads(threads)
-        self.judge: Judge = ray.cloudpickle.loads(ray.get(judge[0]))
+        self.judge: Judge | None = None
 
-    def losses(self, question: Question) -> list[float]:
-        return self.judge.losses(question)
+    def losses(self, judge: list[Any], question: Question | None) -> list[float]:
+        """Answers a question; None: only loads the judge.
+
+        Args:
+            judge: Ray's reference to the pickled judge, in a list so that Ray does not fetch it.
+        """
+        import ray
+
+        if self.judge is None:
+            self.judge = ray.cloudpickle.loads(ray.get(judge[0]))
+        return self.judge.losses(question) if question else []
 
 
 @dataclass
@@ -62,6 +70,7 @@ class Panel:
     device_type: str = "cpu"
     dtype: str = "float32"
     _workers: list[Any] = field(default_factory=list)
+    _judge: list[Any] = field(default_factory=list)  # Ray's reference to it
     _stack: ExitStack | None = None
     _ahead: int = 0  # questions that are expected in this session
     _asked: int = 0
@@ -75,7 +84,7 @@ class Panel:
             try:
                 yield
             finally:
-                self._stack, self._workers = None, []
+                self._stack, self._workers, self._judge = None, [], []
 
     def ask(
         self, questions: Sequence[Question], on_answer: OnAnswer, deadline: Deadline = FOREVER
@@ -117,12 +126,10 @@ class Panel:
                 if len(seats) < 2:  # no more than this process is
                     self.ray = False
                     return
-                # Held in a list, and here: a worker that is started again needs it once more.
-                judge = [ray.put(ray.cloudpickle.dumps(self.judge))]
-                stack.callback(judge.clear)
-                workers = [_placed(seat).remote(judge, sys.path, seat.threads) for seat in seats]
-                ready = [worker.__ray_ready__.remote() for worker in workers]
-                ray.get(ready, timeout=START_SECONDS)
+                self._judge = [ray.put(ray.cloudpickle.dumps(self.judge))]
+                workers = [_placed(seat).remote(sys.path, seat.threads) for seat in seats]
+                loaded = [worker.losses.remote(self._judge, None) for worker in workers]
+                ray.get(loaded, timeout=START_SECONDS)
             except Exception as error:  # whatever it is, this process can do the work
                 self._alone(error)
                 return
@@ -144,7 +151,7 @@ class Panel:
         while (waiting and not deadline.expired()) or running:
             while waiting and free and not deadline.expired():
                 worker, index = free.popleft(), waiting.popleft()
-                running[worker.losses.remote(questions[index])] = worker, index
+                running[worker.losses.remote(self._judge, questions[index])] = worker, index
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             worker, index = running.pop(done)
             try:
