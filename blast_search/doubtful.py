@@ -10,14 +10,34 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from blast_search.engine import Engine
+from blast_search.errors import InfeasibleBudgetError
 from blast_search.plan import Choices
 from blast_search.space import DENSE, Candidate, LayerSpec
 from blast_search.tables import Cell, LatencyTable, Option
 
 GAIN = 0.005  # of the plan's whole value: less is not worth a second measurement
 MOST = 24  # cells
+PRICE_STEP = 0.97  # of a ratio: the neighbouring plan that gives the price of latency
 
 Key = tuple[int, int, bool, int, Candidate]
+
+
+def doubtful(engine: Engine, ratio: float) -> list[Cell]:
+    """The cells whose noise could flip the exact plan for a ratio."""
+    if not engine.by_time or engine.space.uniform:
+        return []
+    try:
+        choices, faster = engine.exact(ratio), engine.exact(PRICE_STEP * ratio)
+    except InfeasibleBudgetError:
+        return []
+    latency = engine.latency
+    lost = engine.predicted_loss(faster) - engine.predicted_loss(choices)
+    saved = (latency.ratio(choices) or 0.0) - (latency.ratio(faster) or 0.0)
+    if lost <= 0 or saved <= 0:
+        return []
+    price = lost / (saved * latency.dense_us)
+    return doubtful_cells(engine.layers, latency.table, engine.options(), choices, price)
 
 
 def doubtful_cells(

@@ -17,7 +17,6 @@ from torch import nn
 from blast_search import solver
 from blast_search.batches import spread
 from blast_search.deadline import FOREVER, Deadline
-from blast_search.doubtful import doubtful_cells
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.fitting import Fitter
 from blast_search.hull import Front
@@ -31,10 +30,9 @@ from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder, digest
 from blast_search.sensitivity import Scorer
 from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace, ties_of
-from blast_search.tables import Cell, Option, ScoreTable, layer_options
+from blast_search.tables import Option, ScoreTable, layer_options
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
-PRICE_STEP = 0.97  # of a ratio: the neighbouring plan that gives the price of latency
 
 
 @dataclass(frozen=True)
@@ -247,27 +245,14 @@ class Engine:
         self.gap = max(self.gap, solution.gap)
         return solution.choices
 
-    def doubtful(self, ratio: float) -> list[Cell]:
-        """The cells whose noise could flip the exact plan for a ratio (doubtful.py)."""
-        if not self.by_time or self.space.uniform:
-            return []
-        try:
-            choices, faster = self.exact(ratio), self.exact(PRICE_STEP * ratio)
-        except InfeasibleBudgetError:
-            return []
-        lost = self.predicted_loss(faster) - self.predicted_loss(choices)
-        saved = (self.latency.ratio(choices) or 0.0) - (self.latency.ratio(faster) or 0.0)
-        if lost <= 0 or saved <= 0:
-            return []
-        price = lost / (saved * self.latency.dense_us)
-        return doubtful_cells(self.layers, self.latency.table, self.options(), choices, price)
-
     def front(self, weights: Mapping[str, float] | None = None) -> Front:
         """The convex hull of all plans, by predicted cost and loss."""
         return solver.front(self.options(), weights, ties_of(self.layers))
 
     def fastest(self) -> Choices:
-        """The plan of least predicted cost, whatever it loses."""
+        """The plan of least predicted ratio, whatever it loses."""
+        if self.latency.workloads:
+            return solver.least(self.exact)[1]
         return self.front().choices(0)
 
     def uniform(self, num_blocks: int, keep: float) -> dict[str, Candidate]:

@@ -165,6 +165,10 @@ class Panel:
             free.append(worker)
 
     def _alone(self, error: Exception) -> None:
+        import ray
+
+        for worker in self._workers:
+            ray.kill(worker)  # what it still computes would only slow this process
         self.ray, self._workers = False, []
         cause = " ".join(str(error).split())[:200]
         self.report.say(f"plans are judged in this process: Ray's workers failed ({cause})")

@@ -16,6 +16,7 @@ from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.describe import write_front
+from blast_search.doubtful import doubtful
 from blast_search.engine import Engine
 from blast_search.evaluate import Task, evaluate
 from blast_search.files import locked, write_json, write_rows
@@ -223,7 +224,7 @@ class Pipeline:
         """
 
         def measure() -> list[dict[str, Any]]:
-            return self.profiler(engine.latency.table).again(engine.doubtful(target))
+            return self.profiler(engine.latency.table).again(doubtful(engine, target))
 
         rows = self.records.once("doubtful cells", f"{target:.4f}", "exact", measure)
         again = LatencyTable(self.prepared.fingerprint)

@@ -120,12 +120,16 @@ def plan_at(run: Path, ratio: float) -> Plan:
         layers, table, float(base.search.get("correction") or 1.0), factors, every
     )
     options = corrected(options, latency.factor)
-    try:
-        solution = solver.solve(
-            options, ratio * dense_us, ties=ties_of(layers), limits=latency.limits(ratio)
+
+    def solved(at: float) -> solver.Solution:
+        return solver.solve(
+            options, at * dense_us, ties=ties_of(layers), limits=latency.limits(at)
         )
+
+    try:
+        solution = solved(ratio)
     except InfeasibleBudgetError:
-        smallest = solver.cheapest(options, ties_of(layers)) / dense_us
+        smallest, _ = solver.least(solved)
         raise InfeasibleBudgetError(
             f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}."
         ) from None

@@ -16,9 +16,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ from blast_search.tables import Option
 
 GAP = 1e-4  # relative; far below the accuracy of the scores
 TOLERANCE = 1e-9  # relative: sums of many floats may exceed a limit by rounding
+STEP = 1e-3  # of a ratio
+T = TypeVar("T")
 Picks = NDArray[np.int64]  # per group, the index of its option
 
 
@@ -48,11 +51,22 @@ class Solution:
     gap: float
 
 
-def cheapest(
-    options: Mapping[str, Sequence[Option]], ties: Mapping[str, str] | None = None
-) -> float:
-    """The smallest total cost that any plan reaches, in microseconds."""
-    return float(sum(group.usage[0].min() for group in grouped(options, ties=ties)))
+def least(solve: Callable[[float], T]) -> tuple[float, T]:
+    """The smallest ratio (up to STEP above it) for which `solve` has a plan, and that plan.
+
+    For budgets that hold on several workloads, where no sum says what the cheapest plan is.
+
+    Args:
+        solve: raises InfeasibleBudgetError for a ratio below; 1.0 is possible.
+    """
+    low, high, best = 0.0, 1.0, solve(1.0)
+    while high - low > STEP:
+        middle = (low + high) / 2
+        try:
+            best, high = solve(middle), middle
+        except InfeasibleBudgetError:
+            low = middle
+    return high, best
 
 
 def front(

@@ -114,18 +114,6 @@ def eager(monkeypatch: pytest.MonkeyPatch, two_cpus: None) -> None:
     monkeypatch.setattr(cluster.resource, "getrusage", lambda _: type("R", (), {"ru_maxrss": 1}))
 
 
-@pytest.mark.usefixtures("eager")
-def test_ray_workers_answer_what_this_process_does():
-    some = judge()
-    asked = questions(some)
-    seats = make(some, ray=True)
-    found = answers(seats, asked)
-    assert sorted(found) == list(range(6))
-    assert seats.report.said == ["plans are judged by 2 Ray workers"]
-    for index, question in enumerate(asked):
-        assert found[index] == pytest.approx(some.losses(question), rel=1e-4)
-
-
 @dataclass
 class Dying(Judge):
     """Ends its process: where it is not the driver's, and `once` is gone or not given."""
@@ -147,14 +135,16 @@ class Dying(Judge):
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_worker_that_dies_is_replaced_and_its_question_asked_again(tmp_path: Path):
+def test_ray_workers_answer_what_this_process_does_and_one_that_dies_is_replaced(tmp_path: Path):
     (tmp_path / "alive").touch()
     some = judge(Dying, once=tmp_path / "alive")
-    seats = make(some, ray=True)
-    found = answers(seats, questions(some))
+    seats, asked = make(some, ray=True), questions(some)
+    found = answers(seats, asked)
     assert not (tmp_path / "alive").exists()
     assert sorted(found) == list(range(6))
     assert seats.report.said == ["plans are judged by 2 Ray workers"]
+    for index, question in enumerate(asked):
+        assert found[index] == pytest.approx(some.losses(question), rel=1e-4)
 
 
 @pytest.mark.usefixtures("eager")

@@ -197,6 +197,11 @@ def test_a_budget_on_each_workload(tmp_path: Path):
     again = plan_at(out, 0.9)
     assert again.budget["every_workload"] == ["large", "small"]
     assert again.predicted["latency_ratio_layers"] <= 0.9
+    # The smallest ratio that is named can be had, on each workload.
+    with pytest.raises(InfeasibleBudgetError, match="the smallest is") as error:
+        plan_at(out, 0.01)
+    smallest = float(str(error.value).split()[-1].rstrip("."))
+    assert plan_at(out, smallest + 1e-3).predicted["latency_ratio_layers"] <= smallest + 2e-3
 
 
 def test_a_short_retraining_decides_between_close_plans(tmp_path: Path, monkeypatch):

@@ -18,6 +18,10 @@ INF = float("inf")
 Options = dict[str, list[Option]]
 
 
+def cheapest(options: dict[str, list[Option]]) -> float:
+    return sum(min(option.cost_us for option in items) for items in options.values())
+
+
 def options_of(layers: list[list[tuple[float, float]]]) -> Options:
     return {
         f"l{i}": [Option(Candidate(1, k + 1), cost, loss) for k, (cost, loss) in enumerate(item)]
@@ -136,7 +140,7 @@ def large(layers: int, candidates: int) -> Options:
 
 def test_a_thousand_layers_of_twenty_candidates_with_a_proven_gap():
     options = large(1000, 20)
-    low = solver.cheapest(options)
+    low = cheapest(options)
     found = solver.solve(options, 2.5 * low)
     assert found.gap <= 1e-3
     assert low <= found.cost_us <= 2.5 * low * (1 + 1e-9)
@@ -149,7 +153,7 @@ def test_a_thousand_layers_of_twenty_candidates_with_a_proven_gap():
 
 def test_several_limits_on_many_layers():
     options = large(120, 12)
-    budget = 2.5 * solver.cheapest(options)
+    budget = 2.5 * cheapest(options)
     free = solver.solve(options, budget)
     used = float(sum(c.rank for c in free.choices.values()))
     tight = Limit("ranks", lambda _, c: float(c.rank), 0.9 * used)
@@ -168,7 +172,7 @@ def test_the_front_is_the_hull_of_all_plans():
         front = solver.front(options)
         prices = (front.loss[:-1] - front.loss[1:]) / np.diff(front.cost_us)
         assert (np.diff(prices) <= 1e-12).all()
-        assert front.cost_us[0] == pytest.approx(solver.cheapest(options))
+        assert front.cost_us[0] == pytest.approx(cheapest(options))
         for k, (cost, loss) in enumerate(zip(front.cost_us, front.loss, strict=True)):
             assert loss == pytest.approx(brute_force(options, cost), abs=1e-9)
             assert weighted(options, front.choices(k), {}) == pytest.approx(loss, abs=1e-9)
@@ -207,3 +211,14 @@ def test_ties_of_a_space():
         ["h.0.attn.k", "h.0.attn.q"], ["h.0.mlp", "h.11.mlp"], ["h.0.wide.mlp"],
         ["h.11.attn.k", "h.11.attn.q"],
     ]  # fmt: skip
+
+
+def test_the_least_ratio_is_found_to_a_thousandth():
+    def solve(ratio: float) -> float:
+        if ratio < 0.2345:
+            raise InfeasibleBudgetError("too small")
+        return ratio
+
+    ratio, found = solver.least(solve)
+    assert 0.2345 <= ratio <= 0.2345 + solver.STEP
+    assert found == ratio
