@@ -19,6 +19,7 @@ from blast_search.trials import FRONT_BUDGETS, Trials, Tuned, evaluate_front
 
 FINAL_ROUNDS = 4
 FINAL_SECONDS = 40.0
+LARGER = 2  # of these rounds may end with a larger plan: noise could ask for one each time
 FRONT_SHARE = 0.25  # of the time that is left to the search
 RIVAL = 1.1  # times the least true loss: retraining may turn the order of such plans round
 
@@ -210,7 +211,7 @@ def _final(
     were pessimistic, gets a larger rival; of the two the one of less true loss stays.
     """
     aim, best = AIM, None
-    for _ in range(FINAL_ROUNDS):
+    for round_ in range(FINAL_ROUNDS):
         contenders = {"searched": winner} | baselines
         timings = engine.time(
             "final", {k: c.choices for k, c in contenders.items()}, FINAL_SECONDS
@@ -226,7 +227,7 @@ def _final(
         decision = Decision(winner, timed, target, timings[0], trials, winner.feasible, make)
         if winner.feasible:
             best = _better(engine, best, decision)
-            again = _larger(engine, winner, make, target)
+            again = _larger(engine, winner, make, target) if round_ < LARGER else None
         elif best:
             break
         else:

@@ -113,6 +113,8 @@ class LatencyTable:
 
     def add(self, cell: Cell, measured: Measurement | None, status: str = "ok") -> None:
         """Add a cell; what is used is what is on file, so that a resumed run sees the same."""
+        if measured is None and status == "ok":
+            status = "failed"
         row = cell_row(cell, measured, status)
         if self.path:
             append_row(self.path, FIELDS, row)
