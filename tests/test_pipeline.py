@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from toy import ToyTask
 
 import blast_search as bs
@@ -134,9 +135,10 @@ def test_infeasible_budget_writes_the_nearest_plan(tmp_path: Path):
 
 
 def test_max_drop_that_cannot_be_kept_is_exit_three(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(
-        ToyTask, "evaluate", lambda self, m: float(type(m.blocks[0].fc1).__name__ == "Linear")
-    )
+    def dense_only(_self: ToyTask, model: nn.Module) -> float:  # whichever layer is replaced
+        return float(not any(isinstance(m, bs.BlastLinear) for m in model.modules()))
+
+    monkeypatch.setattr(ToyTask, "evaluate", dense_only)
     with pytest.raises(InfeasibleBudgetError, match="falls by 1"):
         bs.search(
             ToyTask(), budget=0.8, max_drop=0.5, out=tmp_path / "r", **(OPTIONS | {"trials": 0})
