@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from blast_search import solver
+from blast_search.engine import corrected
 from blast_search.factorize import factorize, factorize_many
 from blast_search.files import write_json
 from blast_search.fitting import Fitter
@@ -110,12 +111,7 @@ def loss(table: ScoreTable, choices: Choices) -> float:
 def fastest(latency: LatencyModel, table: ScoreTable, limit: float) -> Choices:
     """The fastest plan on the hull whose score is at most `limit`."""
     options = layer_options(latency.layers, latency.table, table)
-    factor = latency.factor
-    options = {
-        name: [replace(o, cost_us=o.cost_us * factor(o.candidate)) for o in items]
-        for name, items in options.items()
-    }
-    front = solver.front(options)
+    front = solver.front(corrected(options, latency.factor))
     return front.choices(int(np.argmax(front.loss <= limit * (1 + 1e-9))))
 
 

@@ -123,9 +123,10 @@ class Engine:
 
         keys = [digest(choices) for choices in plans]
         new = {key: q for key, q in zip(keys, plans, strict=True) if not found(key)}
+        asked = list(new)
 
         def record(index: int, losses: list[float]) -> None:
-            key = list(new)[index]
+            key = asked[index]
             self.run.once(part, key, name, lambda: losses)
             if len(losses) == len(self.order):
                 self.run.once("loss", key, name, lambda: losses)

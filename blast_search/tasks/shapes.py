@@ -59,6 +59,11 @@ class Shape:
     def head_size(self) -> int:
         return self.width // self.heads
 
+    @property
+    def key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
 
 SHAPES = {
     "llama-7b": Shape(4096, 32, 32, 11008, gated=True, bias=False, vocab=32000),
@@ -76,7 +81,7 @@ class Block(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         s = self.shape = shape
-        kv = (s.kv_heads or s.heads) * s.head_size
+        kv = s.key_heads * s.head_size
         norm = nn.RMSNorm if s.gated else nn.LayerNorm
         self.norm1, self.norm2 = norm(s.width), norm(s.width)
         if s.fused:
@@ -105,7 +110,7 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor, cache: Tensor | None) -> Tensor:
         s, t = self.shape, x.shape[1]
-        kv = (s.kv_heads or s.heads) * s.head_size
+        kv = s.key_heads * s.head_size
         if s.fused:
             q, k, v = self.qkv(x).split((s.width, kv, kv), -1)
         else:
@@ -212,7 +217,7 @@ class ShapesTask:
         if s.vocab and length > 1:
             return {"x": torch.zeros(batch_size, length, dtype=torch.long)}
         if s.vocab:
-            size = (s.depth, 2, batch_size, s.kv_heads or s.heads, s.tokens + 1, s.head_size)
+            size = (s.depth, 2, batch_size, s.key_heads, s.tokens + 1, s.head_size)
             ids = torch.zeros(batch_size, 1, dtype=torch.long)
             return {"x": ids, "cache": torch.zeros(size)}
         batch = {"x": torch.zeros(batch_size, length, s.inputs)}
