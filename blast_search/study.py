@@ -117,6 +117,7 @@ class Study:
         self.trials: list[Any] = []  # all finished ones (optuna.trial.FrozenTrial), oldest first
         self._stored = _open(storage)
         self._seen: set[Any] = set()
+        self._memory: Any = None  # see _history
         # Storing takes longer than sampling (one query per parameter and more), so it happens
         # beside the next evaluation.  A run that is killed before finds the losses on file.
         self._writer = ThreadPoolExecutor(1, "study")
@@ -147,9 +148,7 @@ class Study:
         """
         import optuna
 
-        history = self.trials[:first]
-        memory = optuna.create_study(directions=["minimize"] * 2)
-        memory.add_trials(history)
+        history, memory = self.trials[:first], self._history(first)
         # A sampler that depends on the history, the trial's number and, where several runs work
         # on the study, on the run: equal histories must not make them sample the same.
         shared = any(worker_of(t) != self.worker for t in history)
@@ -165,6 +164,19 @@ class Study:
             values = {name: trial.suggest_float(name, -RANGE, RANGE) for name in self.parameters}
             asked.append(Asked(number, values, memory, trial))
         return asked
+
+    def _history(self, first: int) -> Any:
+        """A study in memory with the trials before `first`: the last one, where it can go on.
+
+        It cannot where trials that it asked for were not told: half a batch was on file.
+        """
+        import optuna
+
+        held = self._memory.get_trials(deepcopy=False) if self._memory else []
+        if not self._memory or len(held) > first or not all(t.state.is_finished() for t in held):
+            self._memory, held = optuna.create_study(directions=["minimize"] * 2), []
+        self._memory.add_trials(self.trials[len(held) : first])
+        return self._memory
 
     def tell(self, asked: Asked, outcome: Outcome | None) -> None:
         """Store a trial with what it gave; None: there is no plan for its parameters."""
