@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,23 @@ def final_modules(fitter: Fitter, choices: Mapping[str, Any]) -> dict[str, nn.Mo
     return fitter.modules(choices, SWEEPS)
 
 
+def copied(model: nn.Module, layers: Sequence[LayerSpec], replaced: Container[str]) -> nn.Module:
+    """A copy of a model that shares the weights of layers which are to be replaced in it."""
+    chosen = [layer for layer in layers if layer.name in replaced]
+    paths = {path for layer in chosen for path in (layer.name, *layer.aliases)}
+    going: dict[int, nn.Parameter] = {}
+    staying: set[int] = set()  # also what a replaced layer and another one have in common
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside = any(name == path or name.startswith(f"{path}.") for path in paths)
+        for parameter in module.parameters(recurse=False):
+            if inside:
+                going[id(parameter)] = parameter
+            else:
+                staying.add(id(parameter))
+    memo: dict[int, Any] = {key: p for key, p in going.items() if key not in staying}
+    return copy.deepcopy(model, memo)
+
+
 def attach(
     model: nn.Module, layers: list[LayerSpec], modules: Mapping[str, nn.Module], plan: Plan
 ) -> None:
@@ -125,19 +144,24 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[tuple[Any, ...], str] = {}
+    # Buffers may well hold infinities: a causal mask does.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if name in parameters and not bool(value.isfinite().all()):
             raise IncompatibleInputError(f"{name} holds NaN or infinity; it is not saved.")
-        key = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape)
+        # A transposed twin has the same memory and, where it is square, the same shape.
+        place = value.untyped_storage().data_ptr(), value.storage_offset(), value.dtype
+        key = (*place, value.shape, value.stride())
         if value.numel() and key in owners:  # tied weights are stored once
             aliases[name] = owners[key]
             continue
         owners[key] = name
         tensors[name] = value.detach().cpu().contiguous()
     data = save_tensors(tensors, {"aliases": json.dumps(aliases), "format": "pt"})
-    # A plan beside other weights would be refused by `load`: take the old one away first.
-    (folder / "plan.json").unlink(missing_ok=True)
-    write_bytes(folder / WEIGHTS, data)
+    fresh = folder / f"{WEIGHTS}.new"
+    write_bytes(fresh, data)  # what can fail (a full disk) fails with the old files in place
+    (folder / "plan.json").unlink(missing_ok=True)  # beside other weights it would be refused
+    os.replace(fresh, folder / WEIGHTS)
     saved = replace(plan, weights_sha256=sha256_file(folder / WEIGHTS))
     saved.save(folder / "plan.json")
     return folder
@@ -171,12 +195,18 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Modul
             f"{folder}: weights do not fit the model: {', '.join(odd[:5])} "
             f"({len(odd)} differ). Use the model_factory the plan was made with."
         )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in tensors.items():
+        if name in parameters and not bool(value.isfinite().all()):
+            raise IncompatibleInputError(f"{folder / WEIGHTS}: {name} holds NaN or infinity.")
+    for name, value in model.state_dict(keep_vars=True).items():
+        value.data = value.data.to(tensors[name].dtype)  # or it would be rounded
     model.load_state_dict(tensors)
     return model
 
 
 def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, its digest and finiteness checked."""
+    """The tensors of a safetensors file, its digest checked."""
     if not path.is_file():
         raise IncompatibleInputError(f"{path} does not exist. Check the folder.")
     try:
@@ -193,8 +223,4 @@ def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
             f"{path}: the sha256 differs from the one in plan.json, so the weights were changed "
             "or damaged. Restore the folder, or apply the plan again."
         )
-    tensors |= {name: tensors[owner] for name, owner in aliases.items()}
-    for name, value in tensors.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise IncompatibleInputError(f"{path}: {name} holds NaN or infinity.")
-    return tensors
+    return tensors | {name: tensors[owner] for name, owner in aliases.items()}

@@ -6,11 +6,13 @@ A batch is a tensor, called as model(x); a tuple, model(*x); or a dict, model(**
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from blast_search.errors import IncompatibleInputError
 
@@ -38,10 +40,56 @@ def to_device(batch: Any, model: nn.Module) -> Any:
         if isinstance(value, Mapping):
             return {key: move(item) for key, item in value.items()}
         if isinstance(value, tuple | list):
-            return type(value)(move(item) for item in value)
+            items = [move(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
 
     return move(batch)
+
+
+@contextmanager
+def anywhere(*models: nn.Module) -> Iterator[None]:
+    """Within it, models take inputs from any device and in any floating dtype.
+
+    A task's own code then need not know where and in which dtype the model is: what it passes in
+    is moved to the model, and the output goes back to where the (first) input was.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            came: list[Tensor] = []
+
+            def arrive(
+                model: nn.Module, args: Any, kwargs: Any, came: list[Tensor] = came
+            ) -> tuple[Any, Any]:
+                tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+                floats = [t for t in tensors if t.is_floating_point()]
+                came[:] = (floats or tensors)[:1]
+                return to_device(args, model), to_device(kwargs, model)
+
+            def leave(model: nn.Module, args: Any, output: Any, came: list[Tensor] = came) -> Any:
+                parameter = next(model.parameters())
+                if not came:
+                    return output
+                first = came.pop()
+                same = not first.is_floating_point() or first.dtype == parameter.dtype
+                if same and first.device == parameter.device:
+                    return output
+
+                def back(value: Any) -> Any:
+                    if not isinstance(value, Tensor):
+                        return value
+                    cast = None if same or not value.is_floating_point() else first.dtype
+                    return value.to(first.device, cast)
+
+                return tree_map(back, output)
+
+            hooks = (
+                model.register_forward_pre_hook(arrive, with_kwargs=True),
+                model.register_forward_hook(leave),
+            )
+            for hook in hooks:
+                stack.callback(hook.remove)
+        yield
 
 
 def output_tensor(output: Any) -> tuple[Tensor, bool]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from blast_search.batches import Batch, call_model, to_device
+from blast_search.batches import Batch, anywhere, call_model, to_device
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.layers import Workload
 from blast_search.plan import Choices
@@ -43,7 +43,7 @@ class Task(Protocol):
         ...
 
     def train_batches(self, seed: int) -> Iterator[Batch]:
-        """Training batches without end."""
+        """Training batches; where they come to an end, they are asked for again."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch, teacher: nn.Module) -> Tensor:
@@ -112,7 +112,7 @@ def describe_workloads(workloads: Iterable[Workload]) -> list[dict[str, Any]]:
 
 
 def evaluate(task: Task, model: nn.Module) -> float:
-    """The task's metric of a model in eval mode.
+    """The task's metric of a model in eval mode, wherever the model and the task's data are.
 
     Raises:
         IncompatibleInputError: the metric is not a finite number.
@@ -120,7 +120,7 @@ def evaluate(task: Task, model: nn.Module) -> float:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), anywhere(model):
             value = float(task.evaluate(model))
     finally:
         model.train(training)
@@ -138,18 +138,22 @@ def worse_by(task: Task, value: float, dense: float) -> float:
 def count_macs(model: nn.Module, workloads: Iterable[Workload]) -> float:
     """Multiply-adds of one call of the dense model, weighted over workloads.
 
-    PyTorch's counter knows matrix products and attention (its math form; the fused CPU form is
-    not counted); 1 multiply-add = 1 MAC = 2 FLOPs.
+    PyTorch's counter knows matrix products and attention, but no fused forms (attention on a CPU,
+    whole transformer layers in eval mode): those are off here.  1 multiply-add = 1 MAC = 2 FLOPs.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports triton where installed
 
-    total = 0.0
-    for workload in workloads:
-        batch = to_device(workload.batch, model)
-        counter = FlopCounterMode(display=False)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
-            call_model(model, batch)
-        total += counter.get_total_flops() / 2 * workload.weight
+    total, fused = 0.0, torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for workload in workloads:
+            batch = to_device(workload.batch, model)
+            counter = FlopCounterMode(display=False)
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+                call_model(model, batch)
+            total += counter.get_total_flops() / 2 * workload.weight
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return total
 
 

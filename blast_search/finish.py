@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from blast_search.apply import attach, final_modules, load, save
+from blast_search.apply import attach, copied, final_modules, load, save
 from blast_search.closed_loop import TIMING_SECONDS
 from blast_search.decision import FINAL_SECONDS, Decision, decide, infeasible, layer_target
 from blast_search.describe import Describer
 from blast_search.drop import within_drop
 from blast_search.engine import Contender, Engine
-from blast_search.errors import InfeasibleBudgetError
+from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError
 from blast_search.evaluate import (
     count_macs,
     count_params,
@@ -27,7 +27,7 @@ from blast_search.evaluate import (
 from blast_search.files import make_folder, sha256_json
 from blast_search.model_latency import Timing
 from blast_search.plan import FrontPoint, Plan
-from blast_search.retrain import DEFAULT_STEPS, retrain
+from blast_search.retrain import DEFAULT_LEARNING_RATE, DEFAULT_STEPS, retrain
 from blast_search.runfolder import digest
 from blast_search.space import DENSE
 from blast_search.study import Storage
@@ -35,6 +35,7 @@ from blast_search.study import Storage
 if TYPE_CHECKING:
     from blast_search.pipeline import Pipeline
 
+SLOWER = 4  # a retraining that made things worse gets a learning rate so many times lower
 SHORT = 5  # a short retraining takes one in so many steps
 
 
@@ -61,8 +62,8 @@ class Finish:
 
     def build(self, contender: Contender, plan: Plan) -> nn.Module:
         """A new model with the contender's layers, factors of final quality."""
-        model = copy.deepcopy(self.prepared.model)
         chosen = {name: c for name, c in contender.choices.items() if not c.is_dense}
+        model = copied(self.prepared.model, self.prepared.layers, chosen)
         modules: dict[str, nn.Module] = {}
         with self.report.stage(f"factorise {contender.name}", len(chosen)) as advance:
             for name, candidate in chosen.items():
@@ -170,19 +171,28 @@ class Finish:
     ) -> tuple[nn.Module, float]:
         """The contender's model and metric after `steps` of retraining.
 
-        Retraining that makes the metric worse is thrown away (a few steps of Adam, all that a time
-        limit left, were seen to double a perplexity): the fitted factors are kept instead.
+        Retraining that makes the metric worse (a rate too high for the task, or a few steps of
+        Adam, all that a time limit left) is thrown away and tried once more at a lower rate, where
+        there is time; if that does no better, the fitted factors are kept as they are.
         """
         p, before = self.prepared, self.metric(contender, plan)
-        model = self.build(contender, plan)
-        retrain(p.task, model, p.model, steps, seed, report=self.report, name=f"retrain {key}")
-        value = evaluate(p.task, model)
-        if worse_by(p.task, value, before) <= 0:
-            return model, value
-        self.report.say(
-            f"{steps} steps of retraining made {key} worse ({p.task.metric[0]} "
-            f"{before:.4f} before, {value:.4f} after): they are not kept."
-        )
+        rate = float(getattr(p.task, "learning_rate", DEFAULT_LEARNING_RATE))
+        for lower in (1, SLOWER) if self.settings.time_limit is None else (1,):
+            model = self.build(contender, plan)
+            name = f"retrain {key}" + (f" at 1/{lower} of the rate" if lower > 1 else "")
+            try:
+                retrain(p.task, model, p.model, steps, seed, rate / lower, self.report, name)
+                value = evaluate(p.task, model)
+                harm = f"made {key} worse ({before:.4f} before, {value:.4f} after)"
+            except IncompatibleInputError as error:
+                value, harm = float("nan"), f"failed for {key} ({error})"
+            if worse_by(p.task, value, before) <= 0:
+                return model, value
+            self.report.say(
+                f"{steps} steps of retraining at a learning rate of {rate / lower:g} {harm}, "
+                f"judged by {p.task.metric[0]}: they are not kept."
+            )
+            del model
         return self.build(contender, plan), before
 
     # ---- the two ways to a decision -----------------------------------------------------

@@ -7,15 +7,15 @@ BLAST paper's recipe).  AdamW, linear warm-up, cosine decay, gradient norm clipp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blast_search.batches import to_device
-from blast_search.errors import IncompatibleInputError
+from blast_search.batches import Batch, anywhere, to_device
+from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.evaluate import Task
 from blast_search.matrix import BlastLinear
 from blast_search.progress import SILENT, Reporter
@@ -65,28 +65,22 @@ def retrain(
         seed: of the batches; equal seeds give equal batches to every contender.
 
     Raises:
-        IncompatibleInputError: the loss stays without a finite value.
+        UsageError: fewer than 0 steps.
+        IncompatibleInputError: the loss stays without a finite value, or there are no batches.
     """
     steps = int(getattr(task, "train_steps", DEFAULT_STEPS)) if steps is None else steps
     rate = learning_rate or float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
-    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    if steps < 0:
+        raise UsageError(f"retraining steps are {steps}, expected 0 or more.")
     parameters = trainable_parameters(model)
     if not parameters or steps == 0:
         return []
-    for parameter, _ in frozen:
-        parameter.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    teacher.eval().requires_grad_(False)
-    training = model.training
-    model.eval()  # dropout would add noise to a distillation target
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps))
-    device = parameters[0].device
-    dtype = autocast_dtype(device)
     losses: list[float] = []
-    batches = task.train_batches(seed)
-    try:
+    device = parameters[0].device
+    dtype, batches = autocast_dtype(device), _endless(task, seed)
+    with _training(model, teacher, parameters), anywhere(model, teacher):
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps))
         with report.stage(name, steps) as advance:
             for step in range(steps):
                 batch = to_device(next(batches), model)
@@ -97,11 +91,6 @@ def retrain(
                 schedule.step()
                 on_step(step, losses[-1])
                 advance()
-    finally:
-        model.train(training)
-        for parameter, flag in frozen:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
     if not any(math.isfinite(loss) for loss in losses[-10:]):
         raise IncompatibleInputError(
             f"task {task.name}: the training loss is not finite. Lower its learning_rate "
@@ -110,18 +99,68 @@ def retrain(
     return losses
 
 
+def _endless(task: Task, seed: int) -> Iterator[Batch]:
+    """The task's training batches; one epoch after another where they come to an end."""
+    epoch, count = seed, 0
+    while True:
+        before = count
+        for batch in task.train_batches(epoch):
+            count += 1
+            yield batch
+        if count == before:
+            raise IncompatibleInputError(
+                f"task {task.name}: train_batches({epoch}) gave no batch, expected some."
+            )
+        epoch += 1
+
+
+@contextmanager
+def _training(
+    model: nn.Module, teacher: nn.Module, parameters: list[nn.Parameter]
+) -> Iterator[None]:
+    """Only `parameters` learn, in float32; flags, modes and dtypes come back afterwards.
+
+    Half precision cannot hold an update: a step of 1e-4 vanishes in a bfloat16 factor of 1.
+    """
+    flags = [(p, p.requires_grad) for p in (*model.parameters(), *teacher.parameters())]
+    dtypes = [(t, t.dtype) for t in _floats(model)]
+    modes = [(module, module.training) for module in (*model.modules(), *teacher.modules())]
+    try:
+        for tensor, _ in dtypes:
+            tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        teacher.eval()
+        model.eval()  # dropout would add noise to a distillation target
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for tensor, dtype in dtypes:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _floats(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of the model that hold floating-point numbers."""
+    return (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+
+
 def _descend(
     loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
 ) -> float:
     """One step; a loss or gradient that is not finite is skipped, not applied."""
     optimizer.zero_grad(set_to_none=True)
-    value = float(loss.detach())
-    if math.isfinite(value):
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-        if bool(norm.isfinite()):
-            optimizer.step()
-    return value
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    if not bool(norm.isfinite() & loss.isfinite().all()):  # the step's one wait for the device
+        optimizer.zero_grad(set_to_none=True)
+    optimizer.step()  # leaves parameters without a gradient as they are
+    return float(loss.detach())
 
 
 def _rate(step: int, steps: int) -> float:

@@ -14,7 +14,9 @@ from torch import nn
 from toy import Net, ToyTask
 
 import blast_search as bs
+from blast_search.apply import copied
 from blast_search.errors import IncompatibleInputError
+from blast_search.layers import Workload
 from blast_search.plan import LayerPlan, Plan
 
 
@@ -152,3 +154,67 @@ def test_half_precision_and_training_flags_are_kept():
     assert layer.training
     assert not layer.U.requires_grad
     assert model.blocks[1].fc2.U.requires_grad
+
+
+class Masked(nn.Module):
+    """A causal mask of infinities in a buffer, and a square weight tied to another's transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.out.weight = nn.Parameter(self.fc.weight.t())
+        self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+
+    def forward(self, x):
+        return self.out(self.fc(x))
+
+
+def test_infinite_buffers_and_transposed_twins_are_saved(tmp_path: Path):
+    model = Masked()
+    assert model.out.weight.data_ptr() == model.fc.weight.data_ptr()
+    bs.save(model, tmp_path / "m", Plan(model={}, layers={}))
+    loaded = bs.load(tmp_path / "m", Masked)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    with torch.no_grad():
+        model.fc.bias[3] = float("inf")
+    with pytest.raises(IncompatibleInputError, match=r"fc\.bias holds NaN or infinity"):
+        bs.save(model, tmp_path / "m", Plan(model={}, layers={}))
+    bs.load(tmp_path / "m", Masked)  # what was there stays
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32])
+def test_the_saved_dtype_comes_back_whatever_the_factory_builds(tmp_path: Path, saved):
+    other = torch.float32 if saved is torch.bfloat16 else torch.bfloat16
+    model = bs.apply(ToyTask().model(), toy_plan()).to(saved)
+    bs.save(model, tmp_path / "m")
+    loaded = bs.load(tmp_path / "m", lambda: ToyTask().model().to(other))
+    for name, value in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype is saved
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_disk_that_is_full_leaves_the_old_model(tmp_path: Path, monkeypatch):
+    model = bs.apply(ToyTask().model(), toy_plan())
+    bs.save(model, tmp_path / "m")
+
+    def full(handle):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("blast_search.files.os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        bs.save(model, tmp_path / "m")
+    bs.load(tmp_path / "m", ToyTask().model)
+
+
+def test_copies_share_only_what_is_replaced():
+    model = Tied().eval()
+    layers = bs.find_layers(model, [Workload("w", torch.zeros(2, 5, dtype=torch.long))])
+    names = {layer.name for layer in layers}
+    twin = copied(model, layers, names)
+    shared = {n for n, p in twin.named_parameters() if p is dict(model.named_parameters())[n]}
+    assert shared == {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    tied = [replace(layers[0], name="left", aliases=())]  # its weight is another layer's, too
+    again = copied(model, tied, {"left"})
+    assert again.left.weight is not model.left.weight
+    assert again.left.weight is again.right.weight

@@ -1,0 +1,119 @@
+"""Retraining and evaluation: any dtype and device of the model, any kind of task."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from itertools import islice
+
+import pytest
+import torch
+from torch import nn
+from toy import ToyTask
+
+import blast_search as bs
+from blast_search.batches import anywhere, to_device
+from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.evaluate import count_macs, evaluate
+from blast_search.layers import Workload
+from blast_search.retrain import retrain, trainable_parameters
+from blast_search.space import DENSE
+
+Pair = namedtuple("Pair", "x y")
+
+
+def compressed(dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    teacher = ToyTask().model().to(dtype)
+    model = ToyTask().model()
+    for block in model.blocks:
+        block.fc1 = bs.BlastLinear.from_linear(block.fc1, 2, 16)
+    return model.to(dtype), teacher
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_small_steps_add_up_in_any_dtype(dtype: torch.dtype):
+    model, teacher = compressed(dtype)
+    before = [p.detach().clone() for p in trainable_parameters(model)]
+    losses = retrain(ToyTask(), model, teacher, 30, learning_rate=3e-4)
+    assert {p.dtype for p in (*model.parameters(), *teacher.parameters())} == {dtype}
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    changed = [
+        not torch.equal(p, q) for p, q in zip(trainable_parameters(model), before, strict=True)
+    ]
+    assert all(changed)
+
+
+def test_flags_and_modes_come_back():
+    model, teacher = compressed(torch.float32)
+    teacher.train()
+    model.head.weight.requires_grad_(False)
+    retrain(ToyTask(), model, teacher, 1)
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert all(m.training for m in teacher.modules())
+    assert not model.head.weight.requires_grad
+    assert all(p.requires_grad for p in model.blocks.parameters())
+
+
+def test_training_data_that_ends_is_read_again(monkeypatch):
+    batches = ToyTask.train_batches
+    seeds: list[int] = []
+
+    def two(self: ToyTask, seed: int):
+        seeds.append(seed)
+        return islice(batches(self, seed), 2)
+
+    monkeypatch.setattr(ToyTask, "train_batches", two)
+    assert len(retrain(ToyTask(), *compressed(torch.float32), 5, 7)) == 5
+    assert seeds == [7, 8, 9]
+    monkeypatch.setattr(ToyTask, "train_batches", lambda self, seed: iter(()))
+    with pytest.raises(IncompatibleInputError, match="gave no batch"):
+        retrain(ToyTask(), *compressed(torch.float32), 5)
+    with pytest.raises(UsageError, match="steps are -1"):
+        retrain(ToyTask(), *compressed(torch.float32), -1)
+
+
+def test_a_loss_that_is_never_finite_is_an_error(monkeypatch):
+    monkeypatch.setattr(ToyTask, "loss", lambda self, m, b, t: m(b).sum() * float("nan"))
+    model, teacher = compressed(torch.float32)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(IncompatibleInputError, match="not finite"):
+        retrain(ToyTask(), model, teacher, 2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_task_need_not_know_the_models_dtype(dtype: torch.dtype):
+    task = ToyTask()  # calls model(x) with float32 data, and compares with a float32 model
+    assert evaluate(task, task.model().to(dtype)) > 0.9
+
+
+def test_outputs_come_back_as_the_inputs_were():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, mask=None):
+            return {"pair": Pair(self.fc(x), torch.arange(3)), "name": "two"}
+
+    model, x = Two().to(torch.bfloat16), torch.randn(2, 4)
+    with anywhere(model):
+        output = model(x, mask=torch.ones(2))
+        assert model(x.bfloat16())["pair"].x.dtype is torch.bfloat16
+    assert output["pair"].x.dtype is torch.float32
+    assert output["pair"].y.dtype is torch.int64
+    assert output["name"] == "two"
+    with pytest.raises(RuntimeError):  # and not beyond
+        model(x)
+    moved = to_device(Pair(x, torch.arange(2)), model)
+    assert isinstance(moved, Pair)
+    assert (moved.x.dtype, moved.y.dtype) == (torch.bfloat16, torch.int64)
+
+
+def test_fused_transformer_layers_are_counted():
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    layers = bs.find_layers(layer, [Workload("w", x)])
+    linear = sum(ly.macs(DENSE) for ly in layers)
+    assert linear == 10 * 2 * 32 * 64
+    # Projections (4 n^2), and scores and values (2 t n per token).
+    assert count_macs(layer, [Workload("w", x)]) == linear + 10 * (4 * 32 * 32 + 2 * 5 * 32)
