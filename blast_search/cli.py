@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -119,9 +120,9 @@ def pareto(
     as_json: JsonOption = False,
 ) -> None:
     """The front as a table; --at picks another plan from what is on file."""
-    from blast_search import saved
+    from blast_search import front
 
-    result = saved.pareto(run, at, out, plot, "json" if as_json else "csv" if csv else "table")
+    result = front.pareto(run, at, out, plot, "json" if as_json else "csv" if csv else "table")
     if as_json:
         emit(result)
 
@@ -140,8 +141,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write report.html, report.md and front.png of a run again."""
+    from blast_search.front import existing_run
     from blast_search.report import write_report
-    from blast_search.saved import existing_run
 
     write_report(existing_run(run), price_per_hour)
     if as_json:
@@ -184,8 +185,8 @@ def _stop(signum: int, frame: Any) -> None:
     raise Stopped(signum)
 
 
-def run_guarded(command: Callable[[], Any]) -> int:
-    """Run a command and turn every error a user can cause into a message and an exit code."""
+def run_guarded(command: Callable[[], Any], verbose: bool = False) -> int:
+    """Run a command and turn every error into a message and an exit code."""
     try:
         command()
     except Stopped as stop:
@@ -196,6 +197,16 @@ def run_guarded(command: Callable[[], Any]) -> int:
     except tuple(kind for kind, _ in EXIT_CODES) as error:
         typer.echo(f"error: {error}", err=True)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    except Exception as error:  # ours, or that of a task's own code
+        if verbose:
+            traceback.print_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        typer.echo(
+            f"error: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}). "
+            "With -v the whole traceback is shown; what was measured is on file.",
+            err=True,
+        )
+        return 1
     return 0
 
 
@@ -226,7 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = _format_warning
-    sys.exit(run_guarded(lambda: app(arguments)))  # usage errors leave by SystemExit(2)
+    verbose = bool({"-v", "--verbose"} & set(arguments))
+    sys.exit(run_guarded(lambda: app(arguments), verbose))  # usage errors leave by SystemExit(2)
 
 
 if __name__ == "__main__":

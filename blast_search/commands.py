@@ -23,9 +23,8 @@ from blast_search.noise import gpu_state, table_noise
 from blast_search.plan_check import check_text, cross_validated, measure_plans
 from blast_search.prepared import prepare
 from blast_search.profiling import Profiler
-from blast_search.progress import Reporter
+from blast_search.progress import Reporter, console
 from blast_search.runfolder import RunFolder
-from blast_search.saved import console
 from blast_search.settings import Settings
 from blast_search.space import LayerSpec, load_space
 from blast_search.tables import LatencyTable

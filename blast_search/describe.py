@@ -134,6 +134,7 @@ class Describer:
             "solver": "HiGHS branch and bound (scipy.optimize.milp)",
             "trials": decision.trials,
             "seed": self.pipeline.settings.seed,
+            "workload": self.pipeline.settings.workload,  # as asked for; None: the task's own
             "seconds": dict(self.pipeline.seconds),
             "peak_memory_mb": round(peak_memory_mb(self.pipeline.prepared.device), 1),
             "correction": self.engine.latency.correction,

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,12 @@ def _no_constants(text: str) -> Any:
     raise ValueError(f"{text} is not valid JSON")
 
 
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text} is no number that can be held")
+    return value
+
+
 def parse_json(text: str, origin: str) -> Any:
     """JSON without NaN, Infinity or repeated keys.
 
@@ -63,7 +70,12 @@ def parse_json(text: str, origin: str) -> Any:
         IncompatibleInputError: naming `origin`.
     """
     try:
-        return json.loads(text, parse_constant=_no_constants, object_pairs_hook=_no_duplicates)
+        return json.loads(
+            text,
+            parse_constant=_no_constants,
+            parse_float=_finite,
+            object_pairs_hook=_no_duplicates,
+        )
     except (ValueError, RecursionError) as error:
         raise IncompatibleInputError(
             f"{origin} is not valid JSON ({error}). Expected a file written by blast-search. "

@@ -6,6 +6,7 @@ model between plans.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -19,6 +20,7 @@ from blast_search.layers import swapped
 from blast_search.plan import Choices
 from blast_search.space import LayerSpec
 
+BROKEN = 1e9  # the loss of a plan whose outputs are not finite
 HOPELESS = 1.5  # times the losses to beat, on the same batches
 
 
@@ -66,7 +68,7 @@ class Judge:
         found: list[float] = []
         with swapped(self.model, layers, self.fitter.modules(choices)):
             for loss in divergences(self.model, batches, references):
-                found.append(loss)
+                found.append(loss if math.isfinite(loss) else BROKEN)
                 seen = len(found)
                 if bar and seen < len(order) and fmean(found) > HOPELESS * fmean(bar[:seen]):
                     break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from blast_search.deadline import FOREVER, Deadline
 from blast_search.describe import write_front
 from blast_search.doubtful import doubtful
 from blast_search.engine import Engine
+from blast_search.errors import UsageError
 from blast_search.evaluate import Task, evaluate
 from blast_search.files import locked, write_json, write_rows
 from blast_search.finish import Finish
@@ -126,15 +127,34 @@ def opened(
     chosen = space if isinstance(space, SearchSpace) else load_space(settings.space)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(out) if out else Path("results") / f"{loaded.name}-{stamp}"
+    if (folder / ".lock").is_file():  # in use: said before that it holds a run already
+        with locked(folder):
+            pass
     if not resume:
         prepared = prepare(loaded, settings, chosen)
     stored = start_folder(folder, resume, asdict(settings))
     with locked(folder):
         if resume:
-            settings = type(settings)(**stored)
-            settings.check()
+            settings = _continued(folder, settings, type(settings)(**stored))
             prepared = prepare(loaded, settings, chosen)
         yield Pipeline(folder, settings, prepared, workers, ray_address, report)
+
+
+def _continued(folder: Path, asked: Settings, stored: Settings) -> Settings:
+    """The settings of the run to resume; what is asked for beside defaults must agree."""
+    stored.check()
+    default = type(asked)()
+    changed = [
+        f.name
+        for f in fields(asked)
+        if getattr(asked, f.name) not in (getattr(default, f.name), getattr(stored, f.name))
+    ]
+    if changed:
+        raise UsageError(
+            f"{folder} is continued as it was started; {', '.join(changed)} cannot change. Leave "
+            "them out, or start a new run."
+        )
+    return stored
 
 
 class Pipeline:

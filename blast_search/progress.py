@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,3 +60,8 @@ class Reporter:
 
 
 SILENT = Reporter(0)
+
+
+def console() -> Console:
+    """Tables on stdout: as wide as the terminal, 110 columns where there is none."""
+    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 110)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -36,7 +37,13 @@ class Settings:
     every_workload: bool = False  # the budget holds on each workload, not only on their sum
 
     def check(self) -> None:
-        """Raise UsageError for a value outside its range."""
+        """Raise UsageError for a value of another type or outside its range."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not fits and not (whole and isinstance(0.0, kind)):
+                raise UsageError(f"{name} is {value!r}, expected {_named(kind)}.")
         if self.budget is None and self.max_drop is None:
             raise UsageError("no budget: give --budget (for instance 0.3), --max-drop, or both.")
         if self.budget is not None and not 0 < self.budget <= 1:
@@ -61,8 +68,17 @@ class Settings:
             raise UsageError(f"profile is {self.profile!r}, expected {' or '.join(PROFILES)}.")
         if self.trials < 0 or (self.retrain_steps or 0) < 0:
             raise UsageError("trials and retrain_steps must be 0 or more.")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed is {self.seed}, expected 0 or more, and less than 2^32.")
         if self.time_limit is not None and not self.time_limit > 0:
             raise UsageError(f"time_limit is {self.time_limit:g} minutes, expected more than 0.")
+
+
+def _named(kind: Any) -> str:
+    """A type in words: float | None is "a number or nothing"."""
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    parts = [words.get(part, "nothing") for part in get_args(kind) or (kind,)]
+    return " or ".join(parts)
 
 
 def pick_device(name: str) -> torch.device:

@@ -171,6 +171,10 @@ CASES = {
         4,
         "cannot be called",
     ),
+    "negative seed": (["--budget", "0.3", *TOY, "--seed", "-1"], 2, "seed is -1"),
+    "task that fails": (["--budget", "0.3", *TOY, "--task", "fails:task"], 2, "NameError: name"),
+    "task that breaks": (["--budget", "0.3", *TOY, "--task", "breaks:task"], 1, "KeyError: 'x'"),
+    "trials of text": (["--config", "text.yaml", *TOY], 2, "retrain_steps is '20', expected a"),
     "resume nothing": (["--resume", "nowhere"], 2, "no run to resume"),
     "pareto nowhere": (["pareto", "nowhere"], 2, "no run folder"),
     "plan missing": (["apply", "none.json", "--out", "x"], 4, "does not exist"),
@@ -184,6 +188,9 @@ def test_bad_input(case: str, tmp_path: Path, capsys, run: Path):
     Path("broken.yaml").write_text("num_blocks: [1, 2")
     Path("key.yaml").write_text("blocks: [1]")
     Path("seven.yaml").write_text("num_blocks: [7]")
+    Path("text.yaml").write_text("budget: 0.3\nretrain_steps: '20'")
+    Path("fails.py").write_text("task = nowhere\n")
+    Path("breaks.py").write_text("def task():\n    return {}['x']\n")
     Path("pickle.json").write_bytes(pickle.dumps({"a": 1}))
     Path("cut.json").write_bytes((run / "plan.json").read_bytes()[:900])
     arguments, code, text = CASES[case]
@@ -264,3 +271,17 @@ def test_doctor_prints_to_a_person(capsys):
     shown = capsys.readouterr().out
     assert "kernels:" in shown
     assert "torch:" in shown
+
+
+def test_a_damaged_run_folder_is_told_by_name(run: Path, capsys):
+    copy = shutil.copytree(run, "damaged")
+    (copy / "latency.csv").unlink()
+    assert call("pareto", str(copy), "--at", "0.9") == 4
+    assert "has no latency.csv" in capsys.readouterr().err
+    text = (copy / "front.csv").read_text()
+    (copy / "front.csv").write_text(text.replace("0.", "O.", 1))
+    assert call("pareto", str(copy)) == 4
+    assert "expected a number" in capsys.readouterr().err
+    (copy / "plan.json").write_text('{"schema_version": 1, "task": 1e999}')
+    assert call("apply", str(copy / "plan.json"), "--out", "x") == 4
+    assert "1e999" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from blast_search.calibrate import collect_grams
 from blast_search.deadline import Deadline
 from blast_search.errors import IncompatibleInputError
 from blast_search.fitting import Fitter
-from blast_search.judge import Judge, Question
+from blast_search.judge import BROKEN, Judge, Question
 from blast_search.latency import describe, fingerprint
 from blast_search.layers import Workload, inventory
 from blast_search.panel import Panel
@@ -177,3 +177,12 @@ def test_what_cannot_be_sent_to_workers_is_judged_here():
     seats = make(some, ray=True)
     assert sorted(answers(seats, questions(some))) == list(range(6))
     assert "judged in this process" in seats.report.said[-1]
+
+
+def test_a_plan_whose_outputs_are_not_finite_has_a_large_loss():
+    some = judge()
+    plan = {some.layers[0].name: Candidate(1, 16)}
+    basis = some.fitter.basis(some.layers[0].name)
+    basis.left[0] = float("nan")
+    losses = some.losses(Question(plan, (0, 1)))
+    assert losses == [BROKEN, BROKEN]

@@ -87,6 +87,11 @@ def _call(spec: str, module_name: str, function_name: str) -> object:
             f"the module {module_name!r} of the task {spec!r} is not valid Python: {error}. "
             "Expected a module that can be imported; correct that line."
         ) from error
+    except Exception as error:
+        raise UsageError(
+            f"the module {module_name!r} of the task {spec!r} failed as it was imported: "
+            f"{type(error).__name__}: {error}. Expected a module that can be imported."
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UsageError(
