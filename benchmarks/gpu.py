@@ -175,8 +175,16 @@ def _runner(calls: list[Callable[[], object]], device: torch.device) -> Callable
     if device.type != "cuda":
         return lambda: _clock(calls) / len(calls) * 1e6
     torch.cuda.synchronize(device)
-    seconds = _clock(calls) / len(calls)
-    turns = max(1, math.ceil(GRAPH_SECONDS / (seconds * len(calls))))
+    # How often: by the time of a replay.  That of plain calls is Python's, many times as long for
+    # a small BLAST layer, whose graph would then be so short that its launch shows.
+    turns = max(1, math.ceil(GRAPH_SECONDS / (_captured(calls, 1)() * len(calls) * 1e-6)))
+    run = _captured(calls, turns)
+    run()
+    return run
+
+
+def _captured(calls: list[Callable[[], object]], turns: int) -> Callable[[], float]:
+    """A graph of `turns` rotations; microseconds per call of a replay by the device's clock."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(turns):
@@ -185,13 +193,13 @@ def _runner(calls: list[Callable[[], object]], device: torch.device) -> Callable
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run() -> float:
+        torch.cuda._sleep(100_000)  # the launch hides behind it
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) * 1e3 / (turns * len(calls))
 
-    run()
     return run
 
 
@@ -215,13 +223,20 @@ def copies(weight_bytes: int, device: torch.device) -> int:
 # ---- layers ------------------------------------------------------------------------------------
 
 
-def layers(case: Setup, limits: dict[str, float]) -> list[dict[str, Any]]:
-    """The layer table: one row per shape, token count, block count and ratio."""
-    rows = []
+def layers(
+    case: Setup, limits: dict[str, float], keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """The layer table: one row per shape, token count, block count and ratio.
+
+    Args:
+        keep: called with all rows so far, so that a run that is cut off leaves them.
+    """
+    rows: list[dict[str, Any]] = []
     for m, n in case.shapes:
         for tokens in case.tokens:
             rows += _layer(m, n, tokens, case, limits)
             last = rows[-1]
+            keep(rows)
             print(f"{m}x{n} T={tokens}: dense {last['dense']['median']:.1f} us", flush=True)
     return rows
 
@@ -372,14 +387,18 @@ def main() -> None:
     out = arguments.out or ROOT / "results" / "gpu" / slug
     report["parity"] = parity(case)
     report["ceilings"] = ceilings(case)
-    report["layers"] = layers(case, report["ceilings"])
+    out.mkdir(parents=True, exist_ok=True)
+    report["layers"] = layers(
+        case,
+        report["ceilings"],
+        lambda rows: write_json(out / "layer.json", report | {"layers": rows, "finished": False}),
+    )
     report["choices"] = [
         {"kernel": name, "case": list(key), "choice": choice}
         for (name, key, _), choice in tune.chosen().items()
     ]
     report["seconds"] = time.perf_counter() - started
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "layer.json", report)
+    write_json(out / "layer.json", report | {"finished": True})
     print(table(report["layers"]))
     print(f"{report['seconds']:.0f} s; wrote {out / 'layer.json'}")
 

@@ -5,7 +5,7 @@
     python benchmarks/gpu_model.py latency --shapes tiny # dry check on a CPU, no real result
 
 Needs this package with torch, triton and the scientific stack; Ray and Optuna are not used.
-`latency`: cells are measured as CUDA graphs (`profile --mode cuda-graph` does the same), errors
+`latency`: cells are measured as CUDA graphs (as by `profile --mode cuda-graph-cold`), errors
 of one layer per type and third of the depth give every candidate a score (relative squared error
 of the weight, summed over layers: the weights are nobody's, see tasks/shapes.py), and for each
 workload the fastest plan whose score is that of uniform b = 16 at half the parameters is solved
@@ -20,6 +20,7 @@ import argparse
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,7 +73,8 @@ def prepared(shapes: str, report: Reporter) -> Prepared:
     blocks = (1, 2, 4, 8, BLOCKS)
     space = SearchSpace(num_blocks=blocks, rank_multiple=16 if device.type == "cuda" else 8)
     layers, skipped = inventory(model, workloads, space)
-    mode = "cuda-graph" if device.type == "cuda" else "eager"
+    # Cells with a flushed cache: in the model, every layer finds its weights in memory.
+    mode = "cuda-graph-cold" if device.type == "cuda" else "eager"
     environment = describe(device.type, str(dtype).removeprefix("torch."))
     report.say(f"{shapes}: {len(layers)} layers on {environment['device']}")
     return Prepared(
@@ -115,8 +117,12 @@ def fastest(latency: LatencyModel, table: ScoreTable, limit: float) -> Choices:
     return front.choices(int(np.argmax(front.loss <= limit * (1 + 1e-9))))
 
 
-def latencies(p: Prepared, report: Reporter) -> dict[str, Any]:
-    """Dense, uniform and searched plans by workload, and predictions against measurements."""
+def latencies(p: Prepared, report: Reporter, keep: Callable[[Any], None]) -> dict[str, Any]:
+    """Dense, uniform and searched plans by workload, and predictions against measurements.
+
+    Args:
+        keep: called with what was found after each workload: a run may be cut off.
+    """
     table = LatencyTable(p.fingerprint)
     Profiler(p, table, "local", None, report).run("full")
     found: dict[str, Any] = {"cells": len(table.cells), "workloads": {}}
@@ -161,6 +167,7 @@ def latencies(p: Prepared, report: Reporter) -> dict[str, Any]:
                 f"  {name}: {values['speedup']:.2f} times as fast as dense "
                 f"({values['dense_ms']:.2f} ms), score {values['score']:.3f}"
             )
+        keep(found)
     return found
 
 
@@ -236,22 +243,25 @@ def main() -> None:
         raise SystemExit("no CUDA device; --shapes tiny is the dry check on a CPU.")
     report, began = Reporter(), time.monotonic()
     p = prepared(values.shapes, report)
-    with torch.no_grad():
-        if values.part == "latency":
-            result = latencies(p, report)
-        else:
-            result = factorizations(p, report, values.seconds)
     slug = re.sub(r"[^a-z0-9]+", "-", p.environment["device"].lower()).strip("-")
     out = values.out or ROOT / "results" / "gpu" / slug
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{'model' if values.part == 'latency' else 'factorize'}-{values.shapes}.json"
-    peak = torch.cuda.max_memory_allocated() / 2**30 if p.device.type == "cuda" else None
-    result |= {
-        "shapes": values.shapes, "mode": p.mode, "environment": p.environment,
-        "peak_memory_gib": peak, "seconds_in_all": round(time.monotonic() - began, 1),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
-    write_json(file, result)
+
+    def keep(result: dict[str, Any]) -> None:
+        peak = torch.cuda.max_memory_allocated() / 2**30 if p.device.type == "cuda" else None
+        facts = {
+            "shapes": values.shapes, "mode": p.mode, "environment": p.environment,
+            "peak_memory_gib": peak, "seconds_in_all": round(time.monotonic() - began, 1),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }  # fmt: skip
+        write_json(file, result | facts)
+
+    with torch.no_grad():
+        if values.part == "latency":
+            keep(latencies(p, report, keep))
+        else:
+            keep(factorizations(p, report, values.seconds))
     report.say(f"wrote {file}")
 
 

@@ -23,7 +23,7 @@ def collect_grams(
     Layers that read the same tensor (query, key, value; gate, up) share one Gram.
 
     Returns:
-        Layer name -> (n, n) float32; a layer that no batch reached is left out.
+        Layer name -> (n, n) float32 on the CPU; a layer that no batch reached is left out.
 
     Raises:
         IncompatibleInputError: no batches, or an input that is not finite (names the layer).
@@ -37,24 +37,27 @@ def collect_grams(
     inputs: dict[int, tuple[Tensor, str]] = {}  # holds the tensors, so that ids stay unique
     current: Batch = None
 
-    def record(name: str, args: tuple[Any, ...]) -> None:
-        x = args[0]
+    def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
         leader = leaders.setdefault(name, inputs.setdefault(id(x), (x, name))[1])
         if leader != name:
             return
         mask = token_mask(current, tuple(x.shape)) if x.dim() == 3 else None
         rows = (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
-        gram = rows.T @ rows
+        # On the CPU: those of a large language model would fill its GPU.
+        gram = (rows.T @ rows).cpu()
         if not bool(gram.diagonal().sum().isfinite()):
             raise IncompatibleInputError(
                 f"layer {name}: its input on the calibration data holds NaN or infinity. "
                 "Check the calibration batches."
             )
-        grams[name] = grams[name] + gram if name in grams else gram
+        grams[name] = grams[name].add_(gram) if name in grams else gram
         counts[name] = counts.get(name, 0) + len(rows)
 
     hooks = [
-        module.register_forward_pre_hook(lambda _m, args, name=name: record(name, args))
+        module.register_forward_pre_hook(
+            lambda _m, args, kwargs, name=name: record(name, args, kwargs), with_kwargs=True
+        )
         for name, module in modules.items()
     ]
     training = model.training
@@ -67,5 +70,5 @@ def collect_grams(
         for hook in hooks:
             hook.remove()
         model.train(training)
-    averages = {name: gram / max(counts[name], 1) for name, gram in grams.items()}
+    averages = {name: gram.div_(max(counts[name], 1)) for name, gram in grams.items()}
     return {name: averages[leader] for name, leader in leaders.items()}

@@ -18,7 +18,7 @@ from blast_search.files import cache_folder
 from blast_search.tables import FIELDS, LatencyTable
 
 SWITCH = "BLAST_SEARCH_CACHE"
-MEASURED_BY = ("latency.py", "matrix.py", "product.py", "kernels/*.py")
+MEASURED_BY = ("latency.py", "modes.py", "matrix.py", "product.py", "kernels/*.py")
 
 
 def open_cache(fingerprint: str) -> LatencyTable:

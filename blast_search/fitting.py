@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from blast_search.errors import IncompatibleInputError
@@ -25,7 +26,11 @@ SEARCH_SWEEPS = 10  # enough to rank candidates; final factors get factorize.SWE
 
 
 class Fitter:
-    """Factorises layers of a dense model with the Grams of its calibration data."""
+    """Factorises layers of a dense model with the Grams of its calibration data.
+
+    What is kept of all layers, Grams and bases, is kept on the CPU: for a language model of 7
+    billion parameters it is several times the model.
+    """
 
     def __init__(
         self,
@@ -51,7 +56,7 @@ class Fitter:
                     self._grams.get(name),
                     self._max_ranks.get(name, 0),
                     name,
-                )
+                ).to(torch.device("cpu"))
             except IncompatibleInputError as error:
                 raise IncompatibleInputError(f"layer {name}: {error}") from error
         return self._bases[name]
@@ -65,11 +70,12 @@ class Fitter:
             self._cache.move_to_end(key)
             return self._cache[key]
         weight, gram = dense_weight(self.dense[name]), self._grams.get(name)
+        gram = None if gram is None else gram.to(weight.device)
         if isinstance(candidate, Structure):
             factors = fit_structure(weight, candidate, gram)
         else:
             b, r = candidate.num_blocks, candidate.rank
-            factors = factorize(weight, b, r, gram, sweeps, self.basis(name))
+            factors = factorize(weight, b, r, gram, sweeps, self.basis(name).to(weight.device))
         self._cache[key] = factors
         self._cached_bytes += _size(factors)
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:

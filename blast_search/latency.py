@@ -21,7 +21,7 @@ from torch import nn
 from blast_search import kernels
 from blast_search.files import sha256_json
 from blast_search.matrix import BlastLinear
-from blast_search.modes import flusher, timed_call
+from blast_search.modes import device_timer, flusher, timed_call
 from blast_search.noise import (
     NARROW,
     WIDE,
@@ -106,13 +106,24 @@ def interleave(
     best_of: int = 1,
     enough: Callable[[Mapping[str, list[float]]], bool] = lambda samples: False,
     clock: Callable[[], int] = time.perf_counter_ns,
+    timed: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, np.ndarray]:
     """Microseconds of every call, one sample per round: A B C, B C A, C A B, ...
 
     `prepare(name)` runs untimed before each contender's turn.  A sample is the faster of
     `best_of` calls in a row.  Rounds go on for `seconds`, within the limits, or until `enough`,
-    asked every CHECK_ROUNDS rounds.
+    asked every CHECK_ROUNDS rounds.  `timed` makes a call and gives its microseconds; default:
+    by `clock`, between two calls of `synchronize`.
     """
+
+    def by_clock(call: Callable[[], object]) -> float:
+        synchronize()
+        begin = clock()
+        call()
+        synchronize()
+        return (clock() - begin) / 1e3
+
+    timed = timed or by_clock
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -124,14 +135,7 @@ def interleave(
     while done < min_rounds or (done < max_rounds and clock() - started < seconds * 1e9):
         for name in names[done % len(names) :] + names[: done % len(names)]:
             prepare(name)
-            turns = []
-            for _ in range(best_of):
-                synchronize()
-                begin = clock()
-                calls[name]()
-                synchronize()
-                turns.append((clock() - begin) / 1e3)
-            samples[name].append(min(turns))
+            samples[name].append(min(timed(calls[name]) for _ in range(best_of)))
         done += 1
         if done >= min_rounds and done % CHECK_ROUNDS == 0 and enough(samples):
             break
@@ -192,12 +196,14 @@ def measure_cell(cell: Cell, device_type: str, seconds: float = CELL_SECONDS) ->
             name: timed_call(cell.mode, module, lambda layer: layer(x))
             for name, module in modules.items()
         }
-    flush = flusher(cell.mode, device)
+    flush, timed = flusher(cell.mode, device), device_timer(cell.mode)
     attempts = []
     for _ in range(CELL_ATTEMPTS):
         load = OtherLoad()
         with torch.inference_mode():
-            times = interleave(calls, synchronizer(device), seconds, prepare=flush, enough=_narrow)
+            times = interleave(
+                calls, synchronizer(device), seconds, prepare=flush, enough=_narrow, timed=timed
+            )
         attempts.append(_measurement(times, load.share()))
         if attempts[-1].uncertainty <= 2 * WIDE:  # steady, or as noisy as this device always is
             break

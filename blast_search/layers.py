@@ -208,17 +208,19 @@ class Stub(nn.Module):
     A model whose searched layers are stubs takes the time of everything *outside* them.
     """
 
-    def __init__(self, out_features: int) -> None:
+    def __init__(self, out_features: int, zeros: dict[Any, Tensor]) -> None:
         super().__init__()
-        self.out_features = out_features
-        self._zeros: dict[tuple[int, ...], Tensor] = {}
+        self.out_features, self._zeros = out_features, zeros
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.out_features)
-        if shape not in self._zeros:
-            self._zeros[shape] = x.new_zeros(shape)
-        return self._zeros[shape]
+        key = (shape, x.dtype, x.device)
+        if key not in self._zeros:
+            self._zeros[key] = x.new_zeros(shape)
+        return self._zeros[key]
 
 
 def stubs(layers: Sequence[LayerSpec]) -> dict[str, nn.Module]:
-    return {layer.name: Stub(layer.out_features) for layer in layers}
+    """A stub per layer; they share their zeros, which would otherwise be gigabytes."""
+    zeros: dict[Any, Tensor] = {}
+    return {layer.name: Stub(layer.out_features, zeros) for layer in layers}

@@ -5,7 +5,7 @@ With P the r leading eigenvectors of A G A^T, the best rank-r matrix is P P^T A:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,8 +20,12 @@ class LowRankBasis:
 
     left: Tensor
     right: Tensor
-    energy: Tensor  # (k,), squared singular values in the Gram's norm, descending
+    energy: Tensor  # (k,), squared singular values in the Gram's norm, descending; on the CPU
     total: float
+
+    def to(self, device: torch.device) -> LowRankBasis:
+        """The same with its factors on another device."""
+        return replace(self, left=self.left.to(device), right=self.right.to(device))
 
     def error(self, rank: int) -> float:
         """Relative error of the best rank-`rank` matrix."""
@@ -54,7 +58,7 @@ def low_rank_basis(
     """
     if gram is None:
         return whitened_svd(weight, None, max_rank)
-    g = regularised(gram.double())
+    g = regularised(gram.to(weight.device, torch.float64))
     warn_if_singular(gram, name)
     return whitened_svd(weight, g, max_rank)
 
@@ -78,5 +82,5 @@ def whitened_svd(weight: Tensor, g: Tensor | None, max_rank: int = 0) -> LowRank
     left = left.flip(1)[:, :keep]
     dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
     return LowRankBasis(
-        left.to(dtype), (a.T @ left).to(dtype), energy.flip(0)[:keep].clamp_min(0), total
+        left.to(dtype), (a.T @ left).to(dtype), energy.flip(0)[:keep].clamp_min(0).cpu(), total
     )

@@ -41,9 +41,12 @@ def _check(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> N
     same = (
         x.dtype is u.dtype is s.dtype is v.dtype and x.is_cpu == u.is_cpu == s.is_cpu == v.is_cpu
     )
+    if not x.is_cpu:  # comparing devices takes longer, and there may be several
+        same = same and x.device == u.device == s.device == v.device
     fits = b == c and r == k and s.shape == (b, b, r) and x.shape[1] == b * q
     if bias is not None:
         same = same and bias.dtype is x.dtype and bias.is_cpu == x.is_cpu
+        same = same and (x.is_cpu or bias.device == x.device)
         fits = fits and bias.shape == (b * p,)
     if same and fits:
         return

@@ -76,7 +76,7 @@ def test_tied_shared_and_unused_layers():
     assert skipped["left"] == "weight tied to right"
     assert skipped["out"] == "weight tied to embed"
     assert skipped["unused"] == "not called as a module by the workload"
-    with swapped(model, layers, {"shared": Stub(8)}):
+    with swapped(model, layers, {"shared": Stub(8, {})}):
         assert model.shared is model.again
         assert isinstance(model.again, Stub)
     assert model.shared is model.again
@@ -179,3 +179,24 @@ def test_divergence():
     assert divergence(c, b, mask) == 0  # padding does not count
     with pytest.raises(IncompatibleInputError, match="without a tensor"):
         output_tensor("text")
+
+
+def test_layers_called_by_keyword_have_grams():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(input=self.a(input=x))
+
+    model, x = Keyword(), torch.randn(5, 4)
+    layers, _ = found(model, x)
+    torch.testing.assert_close(collect_grams(model, layers, [x])["a"], x.T @ x / 5)
+
+
+def test_stubs_share_their_zeros():
+    task = ToyTask()
+    layers, _ = found(task.model(), task.workload())
+    first, second, *_ = (m for n, m in stubs(layers).items() if n.endswith("fc1"))
+    assert first(task.workload()) is second(task.workload())

@@ -86,3 +86,31 @@ def test_captured_calls_compute_the_same():
     call = timed_call("cuda-graph", model, lambda m: m(x))
     expected = model(x)
     torch.testing.assert_close(call(), expected)
+
+
+def test_graph_cells_are_timed_by_the_device_behind_a_delay(monkeypatch):
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, other) -> float:
+            return 0.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("delay"))
+    assert modes.device_timer("eager") is None
+    timed = modes.device_timer("cuda-graph")
+    assert timed is not None
+    flush = modes.flusher("cuda-graph", torch.device("cpu"))
+    calls = {"a": lambda: log.append("call")}
+    times = latency.interleave(calls, lambda: None, 0.0, 1, 1, prepare=flush, timed=timed)
+    assert times["a"].tolist() == [250.0]
+    assert log[-5:] == ["delay", "record", "call", "record", "wait"]

@@ -162,10 +162,15 @@ def _blocks(x: Tensor, b: int) -> Tensor:
 
 
 def _case(x: Tensor, u: Tensor, v: Tensor, bias: bool) -> Case:
-    """What a choice depends on; tokens by the next power of two."""
-    precision = torch.backends.cuda.matmul.allow_tf32 if x.dtype == torch.float32 else None
-    bucket = triton.next_power_of_2(len(x))
-    return bucket, *u.shape, v.shape[1], str(x.dtype), precision, bias
+    """What a choice depends on; tokens by the next power of two, ranks in steps of up to 1.5.
+
+    Exact ranks would let each of a profile's cells tune for a second or two.
+    """
+    precision = k.tf32() if x.dtype == torch.float32 else None
+    tokens, (b, p, r) = triton.next_power_of_2(len(x)), u.shape
+    power = triton.next_power_of_2(r)
+    rank = power * 3 // 4 if 4 * r <= 3 * power else power
+    return tokens, b, p, rank, v.shape[1], str(x.dtype), precision, bias
 
 
 def _down(x: Tensor, s: Tensor, v: Tensor, groups: int, case: Case) -> Tensor:

@@ -142,8 +142,9 @@ def _couple(
     B: tl.constexpr, BLOCKS: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     # All blocks of z's tile are read at once and kept: one pass over z, one over w.
-    rank = tl.program_id(0) * RANK + tl.arange(0, RANK)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    # Tokens on the first axis of the grid: the others end at 65,535 programs.
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    rank = tl.program_id(1) * RANK + tl.arange(0, RANK)
     block = tl.arange(0, BLOCKS)
     in_rank = rank < r
     in_block = block < B
@@ -203,10 +204,17 @@ def _tile(size: int, limit: int) -> int:
     return min(limit, max(16, int(triton.next_power_of_2(size))))
 
 
+def tf32() -> bool:
+    """Whether float32 products may use TF32, as PyTorch's own then do."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set through the newer fp32_precision
+        return torch.get_float32_matmul_precision() != "highest"
+
+
 def _numbers(x: Tensor) -> dict[str, Any]:
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if x.dtype == torch.float32 and tf32() else "ieee",
         "UPCAST": x.dtype == torch.bfloat16 and not x.is_cuda,
     }
 
@@ -258,7 +266,7 @@ def couple(z: Tensor, s: Tensor, w: Tensor, config: Config) -> None:
     blocks, ranks = triton.next_power_of_2(b), _tile(r, config["rank"])
     room = max(1, config["elements"] // (blocks * ranks))
     rows = min(room, triton.next_power_of_2(tokens))
-    _couple[(triton.cdiv(r, ranks), triton.cdiv(tokens, rows))](
+    _couple[(triton.cdiv(tokens, rows), triton.cdiv(r, ranks))](
         z, s, w, tokens, r, s.stride(0), s.stride(1),
         B=b, BLOCKS=blocks, TOKENS=rows, RANK=ranks, **_effort(config),
     )  # fmt: skip

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from blast_search.files import write_json
 from blast_search.latency import environment, fingerprint
@@ -81,7 +80,10 @@ def _milliseconds(run: Callable[[T], object], candidate: T) -> float:
         time = triton.testing.do_bench(
             lambda: run(candidate), return_mode="median", **MILLISECONDS
         )
-    except (OutOfResources, PTXASError):
+    except Exception:
+        # Too little shared memory, or a config that this version of Triton cannot compile: the
+        # other ones will do.  An error that the device does not recover from shows here again.
+        torch.cuda.synchronize()
         return float("inf")
     return float(time)
 

@@ -186,6 +186,7 @@ class ShapesTask:
         if name not in SHAPES:
             raise UsageError(f"unknown shapes {name!r}, expected one of {', '.join(SHAPES)}.")
         self.name, self.shape = f"shapes-{name}", SHAPES[name]
+        self._references: dict[Any, list[Any]] = {}  # the dense model's outputs, to evaluate
 
     def model(self) -> nn.Module:
         """Random weights whose columns decay, in an order and at a rate that differ by layer."""
@@ -241,8 +242,11 @@ class ShapesTask:
     def evaluate(self, model: nn.Module) -> float:
         """Mean divergence from the dense model on random data."""
         parameter, batches = next(model.parameters()), list(self.batches(1, 4))
-        dense = self.model().eval().to(parameter.device, parameter.dtype)
-        return fmean(divergences(model, batches, reference_outputs(dense, batches)))
+        place = parameter.device, parameter.dtype
+        if place not in self._references:  # once: this model may be large
+            dense = self.model().eval().to(*place)
+            self._references[place] = reference_outputs(dense, batches)
+        return fmean(divergences(model, batches, self._references[place]))
 
     def train_batches(self, seed: int) -> Iterator[Batch]:
         return self.batches(seed + 2, sys.maxsize)
