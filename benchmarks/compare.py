@@ -7,7 +7,8 @@
 Each (task, budget) is a run of `blast-search compare` in results/compare-runs/<task>-<budget>
 with two more contenders: TPE and NSGA-II that choose every layer's candidate themselves, with as
 many whole models evaluated as the search evaluated.  A run that was stopped goes on where it was;
-a finished one is only read.  Its table is kept in results/compare/<task>-<budget>/.
+a finished one is only read.  Its table is kept in results/compare/<task>-<budget>/.  What no
+budget changes (cells, probes, random plans) is taken over from the task's earlier budgets.
 
 The samplers get what the search gets: the same candidates per layer (none that is slower than
 dense or dominated), the corrected latency table, the true loss.  A suggestion that the table puts
@@ -17,12 +18,15 @@ over the budget costs them no evaluation, up to `SUGGESTIONS` per evaluation.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+
+import yaml
 
 from blast_search.closed_loop import meet
 from blast_search.compare import compare
@@ -31,12 +35,15 @@ from blast_search.engine import AIM, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.plan import Choices
 from blast_search.progress import Reporter
+from blast_search.runfolder import FIELDS
 from blast_search.space import Candidate
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "results" / "compare"
 RUNS = ROOT / "results" / "compare-runs"
 SUGGESTIONS = 50
+# Kinds of measurements that no budget changes.  Not "loss": a run's evaluations are counted.
+FOR_ANY_BUDGET = ("random plans", "loss on ", "metric")
 UNBUILT = 1e9  # the value of a suggestion over the budget; its constraint says by how much
 
 
@@ -113,9 +120,35 @@ def extra(seed: int):
     return made
 
 
+def begin(folder: Path, others: str, budget: float, arguments: argparse.Namespace) -> None:
+    """Start a run with what another budget's run of the task measured for any budget."""
+    for config in sorted(RUNS.glob(f"{others}-*/config.yaml")):
+        settings = yaml.safe_load(config.read_text())
+        if settings["space"] != arguments.space or settings["seed"] != arguments.seed:
+            continue
+        if not (config.parent / "scores.csv").is_file():  # it has not got that far
+            continue
+        folder.mkdir(parents=True)
+        for file in ("latency.csv", "probes.csv"):
+            shutil.copyfile(config.parent / file, folder / file)
+        rows = list(csv.DictReader((config.parent / "measured.csv").open()))
+        with (folder / "measured.csv").open("w", newline="") as out:
+            writer = csv.DictWriter(out, FIELDS)
+            writer.writeheader()
+            writer.writerows(row for row in rows if row["kind"].startswith(FOR_ANY_BUDGET))
+        asked = {"budget": budget} | {
+            key: getattr(arguments, key) for key in ("seeds", "trials", "retrain_steps")
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings | asked, sort_keys=False))
+        return
+
+
 def run(task: str, budget: float, arguments: argparse.Namespace) -> None:
-    name = f"{task.replace(':', '-').replace('/', '-')}-{budget:g}"
+    stem = task.replace(":", "-").replace("/", "-")
+    name = f"{stem}-{budget:g}"
     folder, kept = RUNS / name, KEPT / name
+    if not folder.exists():
+        begin(folder, stem, budget, arguments)
     resume = (folder / "config.yaml").is_file()
     if not (folder / "compare.json").is_file():
         compare(
