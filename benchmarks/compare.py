@@ -154,7 +154,8 @@ def run(task: str, budget: float, arguments: argparse.Namespace) -> None:
         compare(
             task, budget, arguments.seeds, arguments.space, arguments.workers,
             trials=arguments.trials, retrain_steps=arguments.retrain_steps, out=folder,
-            resume=resume, seed=arguments.seed, extra=extra(arguments.seed), report=Reporter(1),
+            resume=resume, seed=arguments.seed, report=Reporter(1),
+            extra=extra(arguments.seed) if arguments.samplers else None,
         )  # fmt: skip
     kept.mkdir(parents=True, exist_ok=True)
     for file in ("compare.csv", "compare.md", "compare.json"):
@@ -200,6 +201,8 @@ def main() -> None:
     parser.add_argument("--retrain-steps", type=int)
     parser.add_argument("--space", default="default")
     parser.add_argument("--workers", default="auto")
+    parser.add_argument("--no-samplers", dest="samplers", action="store_false",
+                        help="without TPE and NSGA-II over all layers")  # fmt: skip
     parser.add_argument("--summary", action="store_true")
     arguments = parser.parse_args()
     budgets = [float(w) for w in arguments.what if _is_number(w)]

@@ -25,6 +25,7 @@ from blast_search.evaluate import (
     worse_by,
 )
 from blast_search.files import make_folder, sha256_json
+from blast_search.judge import BROKEN
 from blast_search.model_latency import Timing
 from blast_search.plan import FrontPoint, Plan
 from blast_search.retrain import DEFAULT_LEARNING_RATE, DEFAULT_STEPS, retrain
@@ -73,15 +74,19 @@ class Finish:
         return model
 
     def metric(self, contender: Contender, plan: Plan) -> float:
-        """The metric before retraining."""
+        """The metric before retraining; the worst number there is where it is not finite."""
         task = self.prepared.task
+
+        def judged() -> float:
+            model = self.build(contender, plan)
+            try:
+                return evaluate(task, model)
+            except IncompatibleInputError as error:  # no reason to lose the other contenders
+                self.report.say(f"{contender.name}: {error}")
+                return -BROKEN if task.metric[1] else BROKEN
+
         return float(
-            self.records.once(
-                "metric",
-                digest(contender.choices),
-                contender.name,
-                lambda: evaluate(task, self.build(contender, plan)),
-            )
+            self.records.once("metric", digest(contender.choices), contender.name, judged)
         )
 
     @property

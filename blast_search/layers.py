@@ -77,6 +77,8 @@ def inventory(
 
     linears = {module: paths for module, paths in names.items() if is_linear(module)}
     calls, heads = _trace(model, linears, workloads)
+    # Their weights are read by a function that does not call them.
+    attention = {m.out_proj for m in names if isinstance(m, nn.MultiheadAttention)}
     layers, skipped = [], {}
     for module, (name, *aliases) in linears.items():
         weight = dense_weight(module)
@@ -91,6 +93,8 @@ def inventory(
             reason = "left out by include/exclude"
         elif tied:
             reason = f"weight tied to {', '.join(tied)}"
+        elif module in attention:
+            reason = "inside nn.MultiheadAttention"
         elif module in heads and not space.output_head:
             reason = "output head"
         elif workloads and not calls[module]:

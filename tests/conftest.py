@@ -12,6 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from blast_search import model_latency
+
+# Noise is no reason for tests to time longer (a processor is busy with other tests).
+model_latency.ATTEMPTS = 1
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_worker_niceness", "0")  # as blast_search.cluster sets it

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import sys
 
+import numpy as np
 import pytest
 import torch
 from toy import Net, ToyTask
 
-from blast_search import workers
+from blast_search import model_latency, workers
 from blast_search.engine import corrected
 from blast_search.errors import (
     BlastSearchError,
@@ -223,3 +224,27 @@ def test_layers_without_weight_in_time_are_reported():
     flat = {name: np.ones(5) for name in ("dense", "fixed", "x")}
     with pytest.raises(IncompatibleInputError, match="no measurable time"):
         _timing(flat, "x")
+
+
+def test_an_uncertain_timing_of_models_goes_on(monkeypatch):
+    rng, made = np.random.default_rng(0), []
+
+    def series(noise: float):
+        def some(calls, *rest, **more):
+            made.append(noise)
+            times = {"dense": 100.0, "fixed": 20.0, "same": 60.0}
+            return {n: t * (1 + noise * rng.standard_normal(12)) for n, t in times.items()}
+
+        return some
+
+    task = ToyTask()
+    model, workloads = task.model(), [Workload("w", task.workload())]
+    layers = find_layers(model, workloads)
+    monkeypatch.setattr(model_latency, "ATTEMPTS", 3)
+    for noise, attempts in ((0.001, 1), (0.2, 3)):
+        monkeypatch.setattr(model_latency, "interleave", series(noise))
+        made.clear()
+        timing = time_variants(model, layers, {"same": {}}, workloads, 0.2)["same"]
+        assert len(made) == attempts
+        assert timing.runs == 12 * attempts
+    assert timing.ratio_layers == pytest.approx(0.5, abs=0.15)

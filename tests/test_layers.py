@@ -97,7 +97,7 @@ def test_plain_transformer_encoder_is_handled():
     x = torch.randn(2, 5, 16)
     layers, skipped = found(model, x)
     assert [layer.name.rpartition(".")[2] for layer in layers] == ["linear1", "linear2"] * 2
-    assert "not called" in skipped["0.layers.0.self_attn.out_proj"]
+    assert "MultiheadAttention" in skipped["0.layers.0.self_attn.out_proj"]
     with torch.no_grad():
         before = model(x)
         zero = {layers[0].name: BlastLinear(16, 32, 2, 3).eval()}
@@ -200,3 +200,11 @@ def test_stubs_share_their_zeros():
     layers, _ = found(task.model(), task.workload())
     first, second, *_ = (m for n, m in stubs(layers).items() if n.endswith("fc1"))
     assert first(task.workload()) is second(task.workload())
+
+
+def test_projections_of_multihead_attention_are_left_alone():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    for workloads in ([], [Workload("w", torch.randn(2, 3, 8))]):
+        layers, skipped = inventory(layer, workloads, SearchSpace())
+        assert [ly.name for ly in layers] == ["linear1", "linear2"]
+        assert skipped == {"self_attn.out_proj": "inside nn.MultiheadAttention"}

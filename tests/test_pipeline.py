@@ -22,6 +22,7 @@ from blast_search import decision, finish
 from blast_search.errors import InfeasibleBudgetError, RunLockedError, UsageError
 from blast_search.files import locked
 from blast_search.front import plan_at
+from blast_search.judge import BROKEN
 from blast_search.retrain import retrain
 from blast_search.space import SearchSpace
 
@@ -152,6 +153,20 @@ def test_max_drop_that_cannot_be_kept_is_exit_three(tmp_path: Path, monkeypatch)
             ToyTask(), budget=0.8, max_drop=0.5, out=tmp_path / "r", **(OPTIONS | {"trials": 0})
         )
     assert bs.Plan.load(tmp_path / "r").measured["met_budget"] is False
+
+
+def test_a_metric_that_is_not_finite_loses(tmp_path: Path, monkeypatch):
+    real = ToyTask.evaluate
+
+    def broken(self: ToyTask, model: nn.Module) -> float:
+        kinds = {m.num_blocks for m in model.modules() if isinstance(m, bs.BlastLinear)}
+        return float("nan") if kinds == {1} else real(self, model)
+
+    monkeypatch.setattr(ToyTask, "evaluate", broken)
+    options = OPTIONS | {"trials": 0, "retrain_steps": 0}
+    run = bs.search(ToyTask(), budget=0.8, out=tmp_path / "r", **options)
+    low_rank = run.plan.baselines["uniform_low_rank"]["metric"]["compressed"]
+    assert low_rank == -BROKEN
 
 
 @pytest.fixture
