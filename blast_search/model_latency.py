@@ -24,8 +24,8 @@ MODEL_ROUNDS = 40
 NARROW = 0.005  # half-width of every ratio to dense, relative: enough rounds
 # Beyond this a budget would be met or missed by chance, and the search would chase noise: seen
 # with smollm2 beside another program, whose intervals were 6 to 12 % wide either way.
-UNCERTAIN = 0.02
-ATTEMPTS = 3
+UNCERTAIN = 0.04
+ATTEMPTS = 2
 
 
 @dataclass(frozen=True)

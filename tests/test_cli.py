@@ -274,7 +274,7 @@ def test_doctor_prints_to_a_person(capsys):
 
 
 def test_a_damaged_run_folder_is_told_by_name(run: Path, capsys):
-    copy = shutil.copytree(run, "damaged")
+    copy = Path(shutil.copytree(run, "damaged"))
     (copy / "latency.csv").unlink()
     assert call("pareto", str(copy), "--at", "0.9") == 4
     assert "has no latency.csv" in capsys.readouterr().err

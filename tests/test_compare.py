@@ -94,7 +94,8 @@ def test_one_table_and_resume_repeats_nothing(tmp_path: Path, monkeypatch):
     stored = json.loads((out / "compare.json").read_text())
     assert stored["seeds"] == 2
     plans = {json.dumps(row.choices) for row in result.rows[1:]}
-    assert len(calls) <= 1 + len(plans) * 3  # equal plans share what is measured
+    # Equal plans share what is measured; a retraining that did harm is done, and judged, twice.
+    assert len(calls) <= 1 + len(plans) * (1 + 2 * 2)
     before, done = (out / "measured.csv").read_text(), len(calls)
     again = compare(Shallow(), 0.9, resume=True, **options)
     assert again.rows == result.rows
@@ -105,7 +106,7 @@ def test_one_table_and_resume_repeats_nothing(tmp_path: Path, monkeypatch):
     (out / "measured.csv").write_text("\n".join(kept[:-1]) + "\n")
     third = compare(Shallow(), 0.9, resume=True, **options)
     assert third.rows == result.rows
-    assert len(calls) == done + 1
+    assert done < len(calls) <= done + 2
     assert len(set(seen)) == 1  # counted once, not again from what later stages left on file
 
 

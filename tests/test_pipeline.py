@@ -18,12 +18,10 @@ from torch import nn
 from toy import ToyTask
 
 import blast_search as bs
-from blast_search import decision, finish
+from blast_search import decision
 from blast_search.errors import InfeasibleBudgetError, RunLockedError, UsageError
 from blast_search.files import locked
 from blast_search.front import plan_at
-from blast_search.judge import BROKEN
-from blast_search.retrain import retrain
 from blast_search.space import SearchSpace
 
 SPACE = SearchSpace(name="default", num_blocks=(1, 2), keep=(0.05, 0.1, 0.2, 0.35, 0.6))
@@ -153,58 +151,6 @@ def test_max_drop_that_cannot_be_kept_is_exit_three(tmp_path: Path, monkeypatch)
             ToyTask(), budget=0.8, max_drop=0.5, out=tmp_path / "r", **(OPTIONS | {"trials": 0})
         )
     assert bs.Plan.load(tmp_path / "r").measured["met_budget"] is False
-
-
-def test_a_metric_that_is_not_finite_loses(tmp_path: Path, monkeypatch):
-    real = ToyTask.evaluate
-
-    def broken(self: ToyTask, model: nn.Module) -> float:
-        kinds = {m.num_blocks for m in model.modules() if isinstance(m, bs.BlastLinear)}
-        return float("nan") if kinds == {1} else real(self, model)
-
-    monkeypatch.setattr(ToyTask, "evaluate", broken)
-    options = OPTIONS | {"trials": 0, "retrain_steps": 0}
-    run = bs.search(ToyTask(), budget=0.8, out=tmp_path / "r", **options)
-    low_rank = run.plan.baselines["uniform_low_rank"]["metric"]["compressed"]
-    assert low_rank == -BROKEN
-
-
-@pytest.fixture
-def rates(monkeypatch) -> list[float]:
-    """Learning rates of the last retrainings, beside a metric by which any harm shows."""
-    monkeypatch.setattr(  # minus the distance to the dense model
-        ToyTask,
-        "evaluate",
-        lambda self, m: -float((m(self.data[32:64]) - self.model()(self.data[32:64])).norm()),
-    )
-    seen: list[float] = []
-
-    def noted(task, model, teacher, steps, seed, rate, *rest):
-        seen.append(rate)
-        return retrain(task, model, teacher, steps, seed, rate, *rest)
-
-    monkeypatch.setattr(finish, "retrain", noted)
-    return seen
-
-
-def test_retraining_at_too_high_a_rate_is_done_again_at_a_lower_one(tmp_path, monkeypatch, rates):
-    monkeypatch.setattr(ToyTask, "learning_rate", 2e-2, raising=False)
-    monkeypatch.setattr(finish, "SLOWER", 20)
-    options = OPTIONS | {"trials": 0, "retrain_steps": 4}
-    run = bs.search(ToyTask(), budget=0.8, out=tmp_path / "r", **options)
-    metric = run.plan.measured["metric"]
-    assert set(rates) == {2e-2, 1e-3}
-    assert metric["retrained"] > metric["compressed"]
-
-
-def test_retraining_that_harms_at_any_rate_is_not_kept(tmp_path: Path, monkeypatch, rates):
-    monkeypatch.setattr(ToyTask, "learning_rate", 10.0, raising=False)
-    run = bs.search(ToyTask(), budget=0.8, out=tmp_path / "r", **(OPTIONS | {"trials": 0}))
-    metric = run.plan.measured["metric"]
-    assert set(rates) == {10.0, 2.5}
-    assert metric["retrained"] == metric["compressed"]
-    with torch.no_grad():
-        assert ToyTask().evaluate(run.model) == pytest.approx(metric["retrained"], abs=1e-5)
 
 
 def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):

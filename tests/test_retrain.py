@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +14,17 @@ from torch import nn
 from toy import ToyTask
 
 import blast_search as bs
+from blast_search import finish
 from blast_search.batches import anywhere, to_device
+from blast_search.engine import Contender
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.evaluate import count_macs, evaluate
+from blast_search.judge import BROKEN
 from blast_search.layers import Workload
+from blast_search.progress import Reporter
 from blast_search.retrain import retrain, trainable_parameters
-from blast_search.space import DENSE
+from blast_search.runfolder import RunFolder
+from blast_search.space import DENSE, Candidate
 
 Pair = namedtuple("Pair", "x y")
 
@@ -117,3 +125,69 @@ def test_fused_transformer_layers_are_counted():
     assert linear == 10 * 2 * 32 * 64
     # Projections (4 n^2), and scores and values (2 t n per token).
     assert count_macs(layer, [Workload("w", x)]) == linear + 10 * (4 * 32 * 32 + 2 * 5 * 32)
+
+
+class Contenders(finish.Finish):
+    """What Finish needs of a run to retrain one contender and judge it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, dense = compressed(torch.float32)
+        self.prepared = SimpleNamespace(task=ToyTask(), model=dense)  # type: ignore[assignment]
+        self.settings = SimpleNamespace(time_limit=None)  # type: ignore[assignment]
+        self.records, self.report = RunFolder(folder), Reporter(0)
+        self.folder = folder
+
+    def build(self, contender, plan) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+
+@pytest.fixture
+def rates(monkeypatch) -> list[float]:
+    """Learning rates of the last retrainings, beside a metric by which any harm shows."""
+    monkeypatch.setattr(  # minus the distance to the dense model
+        ToyTask,
+        "evaluate",
+        lambda self, m: -float((m(self.data[64:]) - self.model()(self.data[64:])).norm()),
+    )
+    seen: list[float] = []
+
+    def noted(task, model, teacher, steps, seed, rate, *rest):
+        seen.append(rate)
+        return retrain(task, model, teacher, steps, seed, rate, *rest)
+
+    monkeypatch.setattr(finish, "retrain", noted)
+    return seen
+
+
+CONTENDER = Contender("some", {"blocks.0.fc1": Candidate(2, 16)}, None, 0.5, True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("limit", "count"), [(None, 2), (5.0, 1)])
+def test_retraining_that_harms_is_tried_at_a_lower_rate_if_there_is_time(
+    tmp_path: Path, monkeypatch, rates: list[float], limit: float | None, count: int
+):
+    monkeypatch.setattr(ToyTask, "learning_rate", 0.3, raising=False)
+    monkeypatch.setattr(finish, "SLOWER", 1000)
+    some = Contenders(tmp_path)
+    some.settings.time_limit = limit  # type: ignore[misc]
+    model, value = some.trained("some", CONTENDER, None, 20, 0)  # type: ignore[arg-type]
+    assert rates == [0.3, 3e-4][:count]
+    before = evaluate(ToyTask(), some.model)
+    assert value == evaluate(ToyTask(), model)
+    assert value > before if limit is None else value == before
+
+
+def test_retraining_that_harms_at_any_rate_is_not_kept(tmp_path: Path, monkeypatch, rates):
+    monkeypatch.setattr(ToyTask, "learning_rate", 10.0, raising=False)
+    some = Contenders(tmp_path)
+    model, value = some.trained("some", CONTENDER, None, 2, 0)  # type: ignore[arg-type]
+    assert rates == [10.0, 2.5]
+    assert value == evaluate(ToyTask(), some.model) == evaluate(ToyTask(), model)
+    monkeypatch.setattr(ToyTask, "loss", lambda self, m, b, t: m(b).sum() * float("nan"))
+    model, value = some.trained("some", CONTENDER, None, 2, 0)  # type: ignore[arg-type]
+    assert value == evaluate(ToyTask(), model)  # nor one that fails
+
+
+def test_a_metric_that_is_not_finite_loses(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(ToyTask, "evaluate", lambda self, model: float("nan"))
+    assert Contenders(tmp_path).metric(CONTENDER, None) == -BROKEN  # type: ignore[arg-type]
