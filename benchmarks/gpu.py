@@ -42,6 +42,7 @@ from blast_search.files import write_json
 from blast_search.kernels import triton as kernel
 from blast_search.kernels import triton_tune as tune
 from blast_search.matrix import to_dense
+from blast_search.modes import device_timer, flusher
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -177,28 +178,26 @@ def _runner(calls: list[Callable[[], object]], device: torch.device) -> Callable
     torch.cuda.synchronize(device)
     # How often: by the time of a replay.  That of plain calls is Python's, many times as long for
     # a small BLAST layer, whose graph would then be so short that its launch shows.
-    turns = max(1, math.ceil(GRAPH_SECONDS / (_captured(calls, 1)() * len(calls) * 1e-6)))
-    run = _captured(calls, turns)
+    turns = max(1, math.ceil(GRAPH_SECONDS / (_captured(calls, 1, device)() * len(calls) * 1e-6)))
+    run = _captured(calls, turns, device)
     run()
     return run
 
 
-def _captured(calls: list[Callable[[], object]], turns: int) -> Callable[[], float]:
+def _captured(
+    calls: list[Callable[[], object]], turns: int, device: torch.device
+) -> Callable[[], float]:
     """A graph of `turns` rotations; microseconds per call of a replay by the device's clock."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(turns):
             for call in calls:
                 call()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    delay, timed = flusher("cuda-graph", device), device_timer("cuda-graph")
 
     def run() -> float:
-        torch.cuda._sleep(100_000)  # the launch hides behind it
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e3 / (turns * len(calls))
+        delay("graph")
+        return timed(graph.replay) / (turns * len(calls))
 
     return run
 

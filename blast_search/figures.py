@@ -44,7 +44,8 @@ def read_front(path: Path) -> list[FrontRow]:
             a, b, c, d = (float(row[f]) if row[f] else None for f in FrontPoint.FIELDS[1:5])
         except ValueError as error:
             raise IncompatibleInputError(
-                f"{path}, line {line}: {error}. Make the file again with `blast-search pareto`."
+                f"{path}, line {line}: {error}, expected a number. Make the file again with "
+                "`blast-search pareto`."
             ) from error
         rows.append(FrontRow(row["name"], a, b, c, d, row["on_front"] == "1"))
     return rows

@@ -14,6 +14,7 @@ from rich.table import Table
 from blast_search import solver
 from blast_search.engine import corrected
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
+from blast_search.figures import read_front
 from blast_search.files import make_folder, read_json, read_rows
 from blast_search.latency import fingerprint
 from blast_search.latency_model import LatencyModel
@@ -53,7 +54,8 @@ def pareto(
         raise IncompatibleInputError(
             f"{run} has no front.csv: the run is not finished. Continue it with --resume {run}."
         )
-    rows = _front_rows(run / "front.csv")
+    rows = read_rows(run / "front.csv", FrontPoint.FIELDS)
+    read_front(run / "front.csv")  # refuses what is no number
     if plot:
         if not (run / "front.png").is_file():
             from blast_search.report import write_report
@@ -79,20 +81,6 @@ def pareto(
             )  # fmt: skip
         console().print(view)
     return result | {"front": rows}
-
-
-def _front_rows(path: Path) -> list[dict[str, str]]:
-    rows = read_rows(path, FrontPoint.FIELDS)
-    for line, row in enumerate(rows, 2):
-        for key in FrontPoint.FIELDS[1:5]:
-            try:
-                float(row[key] or 0)
-            except ValueError:
-                raise IncompatibleInputError(
-                    f"{path}, line {line}: {key} is {row[key]!r}, expected a number. Restore the "
-                    "file, or continue the run to write it again."
-                ) from None
-    return rows
 
 
 def plan_at(run: Path, ratio: float) -> Plan:
