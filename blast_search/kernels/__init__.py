@@ -56,19 +56,22 @@ SOURCES["upcast"] = (*SOURCES["tiled"], "composed.py", "reference.py")
 
 # Up to so many tokens, one compiled call for all three stages beats three PyTorch calls.
 SMALL_TOKENS = 16
+# The same on CUDA: two launches of Triton's, for b = 1 as well, or cuBLAS where that is faster.
+DECODE_TOKENS = 64
 
 
 @functools.cache
 def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tokens: int) -> str:
     """The kernel for inference in a case, a key of SOURCES.
 
-    "lowrank" (b = 1) is two plain products; "small" all three stages in one call, for up to
+    "lowrank" (b = 1) is plain products; "small" all three stages in one call, for up to
     SMALL_TOKENS tokens on a CPU; the gradients of "small" come from "numba".  "upcast" is for
     half types that the CPU has no products for.
     """
-    if device_type == "cuda" and num_blocks > 1:
+    if device_type == "cuda" and (num_blocks > 1 or tokens <= DECODE_TOKENS):
         known = dtype in (torch.float32, torch.bfloat16, torch.float16)
-        return "triton" if known and find_spec("triton") else "torch"
+        if known and find_spec("triton"):
+            return "triton"
     if device_type == "cpu":
         from blast_search.kernels import cpu
 

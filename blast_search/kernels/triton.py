@@ -5,9 +5,16 @@
 
 Lee, Kwon, Qu, Kim: BLAST, NeurIPS 2024, arXiv 2410.21262, equations 1 to 3. T tokens.
 
-At most DECODE_TOKENS tokens: two launches, `down` then `up`, bounded by reading the factors once.
-More tokens: three matrix-product-like stages, each by the fastest of its candidates on this
-device. Runs under Triton's interpreter (TRITON_INTERPRET=1) on CPU tensors, for tests.
+At most DECODE_TOKENS tokens: two launches, `down` then `up`, bounded by reading the factors once;
+or, as for more tokens, stages 1 and 3 by cuBLAS with the coupling in between, whichever is faster
+on this device.
+
+Measured on an H200 and dropped: stages 1 and 2 in one kernel for many tokens (at b = 16 each
+program reads all of x: 139 us; cuBLAS and the coupling take 30 and 38), stage 3 by Triton (1.25 to
+1.4 times as long as cuBLAS), passes of 512 tokens so that z stays in the L2 cache (the small
+products lose more than the coupling gains).
+
+Runs under Triton's interpreter (TRITON_INTERPRET=1) on CPU tensors, for tests.
 """
 
 from __future__ import annotations
@@ -19,14 +26,13 @@ import torch
 import triton
 from torch import Tensor
 
+from blast_search.kernels import DECODE_TOKENS
 from blast_search.kernels import triton_kernels as k
 from blast_search.kernels import triton_tune as tune
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DECODE_TOKENS = 64
 FUSED_BLOCKS = 64  # more blocks than this need more accumulators than there are registers
-CHUNKS = (2048, 512)  # tokens per pass, so that z and w stay in the L2 cache
-CUBLAS: k.Config = {}  # the candidate that is no Triton config
+PRODUCTS = 0  # the candidate that is no number of groups: as for many tokens
 
 Case = tuple[Hashable, ...]
 
@@ -95,25 +101,35 @@ def backward(
 def _forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, y: Tensor) -> None:
     tokens = len(x)
     case = _case(x, u, v, bias is not None)
-    if _decodes(len(u), tokens):
 
-        def decode(groups: int) -> None:
+    def run(groups: int) -> None:
+        if groups == PRODUCTS:
+            _products(x, u, s, v, bias, y, case)
+        else:
             w = _down(x, s, v, groups, (*case, groups))
             _up(w, u, bias, y, (*case, groups))
 
-        decode(tune.pick("decode", case, _group_counts(tokens), decode, x.device))
+    if _decodes(len(u), tokens):
+        run(tune.pick("decode", case, _group_counts(tokens), run, x.device, nested=True))
     else:
+        run(PRODUCTS)
 
-        def prefill(chunk: int) -> None:
-            size = chunk or tokens
-            for start in range(0, tokens, size):
-                part = x[start : start + size]
-                inner = _case(part, u, v, bias is not None)
-                _up(_down(part, s, v, 1, inner), u, bias, y[start : start + size], inner)
 
-        # 0 is the whole call: the token counts of one case differ.
-        chunks = [0, *(chunk for chunk in CHUNKS if chunk <= tokens // 2)]
-        prefill(tune.pick("chunk", case, chunks, prefill, x.device))
+def _products(
+    x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, y: Tensor, case: Case
+) -> None:
+    """Into y (T, m): cuBLAS, the coupling, cuBLAS.  z and w are kept by rank, (b, r, T)."""
+    w = _couple(_by_rank(v, x), s, case)
+    torch.bmm(w.mT, u.mT, out=_blocks(y, len(u)))
+    if bias is not None:
+        y.add_(bias)
+
+
+def _by_rank(factor: Tensor, x: Tensor) -> Tensor:
+    """(x_j F_j)^T as (b, r, T), for F (b, q, r) and x (T, b q)."""
+    b, _, r = factor.shape
+    result = k.by_rank(b, r, len(x), x)
+    return torch.bmm(factor.mT, _blocks(x, b).mT, out=result)
 
 
 def _backward(
@@ -123,20 +139,20 @@ def _backward(
     dx = du = ds = dv = None
     case = _case(x, u, v, False)
     x_blocks, g_blocks = _blocks(x, len(u)), _blocks(grad, len(u))
-    z = torch.bmm(x_blocks, v) if need_u or need_s else None
+    z = _by_rank(v, x) if need_u or need_s else None
     if z is not None and need_u:
-        du = torch.bmm(g_blocks.transpose(1, 2), _couple(z, s, case))
+        du = torch.bmm(g_blocks.mT, _couple(z, s, case).mT)
     if need_x or need_s or need_v:
-        dw = torch.bmm(g_blocks, u)
+        dw = _by_rank(u, grad)
         if z is not None and need_s:
-            ds = _couple_gradient(dw, z, case).to(s.dtype)
+            ds = _couple_gradient(dw, z, s, case)
         if need_x or need_v:
             dz = _couple(dw, s.transpose(0, 1), case)
             if need_x:
                 dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-                torch.bmm(dz, v.transpose(1, 2), out=_blocks(dx, len(u)))
+                torch.bmm(dz.mT, v.mT, out=_blocks(dx, len(u)))
             if need_v:
-                dv = torch.bmm(x_blocks.transpose(1, 2), dz)
+                dv = torch.bmm(x_blocks.mT, dz.mT)
     return dx, du, ds, dv
 
 
@@ -174,14 +190,11 @@ def _case(x: Tensor, u: Tensor, v: Tensor, bias: bool) -> Case:
 
 
 def _down(x: Tensor, s: Tensor, v: Tensor, groups: int, case: Case) -> Tensor:
-    """w (groups, b, T, r): stages 1 and 2. Partial sums stay in float32 until they are added."""
+    """w (groups, b, T, r): stages 1 and 2, in parts that are to be added."""
     (b, _, r), tokens = v.shape, len(x)
 
     def run(config: k.Config) -> Tensor:
-        if config == CUBLAS:
-            return _couple(torch.bmm(_blocks(x, b), v), s, case).unsqueeze(0)
-        dtype = x.dtype if groups == 1 else torch.float32
-        w = x.new_empty((groups, b, tokens, r), dtype=dtype)
+        w = x.new_empty((groups, b, tokens, r))
         k.down(x, v, s, w, config)
         return w
 
@@ -192,53 +205,53 @@ def _up(w: Tensor, u: Tensor, bias: Tensor | None, y: Tensor, case: Case) -> Non
     """Stage 3 into y (T, m)."""
 
     def run(config: k.Config) -> None:
-        if config == CUBLAS:
-            torch.bmm(w[0], u.transpose(1, 2), out=_blocks(y, len(u)))
-            if bias is not None:
-                y.add_(bias)
-        else:
-            k.up(w, u, bias, y, config)
+        k.up(w, u, bias, y, config)
 
-    run(tune.pick("up", case, _up_configs(len(u), len(y)), run, y.device))
+    run(tune.pick("up", case, _up_configs(len(y)), run, y.device))
 
 
 def _couple(z: Tensor, s: Tensor, case: Case) -> Tensor:
-    w = torch.empty_like(z)
+    b, r, tokens = z.shape
+    w = k.by_rank(b, r, tokens, z)
 
     def run(config: k.Config) -> None:
         k.couple(z, s, w, config)
 
-    run(tune.pick("couple", case, COUPLE_CONFIGS, run, z.device))
+    run(tune.pick("couple", case, _couple_configs(b), run, z.device))
     return w
 
 
-def _couple_gradient(dw: Tensor, z: Tensor, case: Case) -> Tensor:
-    if len(z) > GRADIENT_BLOCKS:
-        return torch.einsum("itk,jtk->ijk", dw, z).contiguous()
+def _couple_gradient(dw: Tensor, z: Tensor, s: Tensor, case: Case) -> Tensor:
+    ds = torch.empty_like(s)
 
-    def run(config: k.Config) -> Tensor:
-        return k.couple_gradient(dw, z, config)
+    def run(config: k.Config) -> None:
+        k.couple_gradient(dw, z, ds, config)
 
-    return run(tune.pick("couple_gradient", case, GRADIENT_CONFIGS, run, z.device))
+    run(tune.pick("couple_gradient", case, GRADIENT_CONFIGS, run, z.device))
+    return ds
 
 
-COUPLE_CONFIGS = [
-    {"elements": elements, "rank": rank, "warps": warps, "stages": 1}
-    for elements, rank, warps in (
-        (16384, 64, 4), (8192, 64, 4), (8192, 64, 2), (16384, 128, 4), (32768, 64, 8),
-    )
-]  # fmt: skip
-GRADIENT_BLOCKS = 32  # b^2 accumulators per rank: more do not fit in the registers
 GRADIENT_CONFIGS = [
-    {"elements": elements, "rank": rank, "warps": warps, "programs": programs, "stages": 3}
-    for elements, rank, warps in ((8192, 32, 4), (16384, 32, 8), (4096, 16, 4), (16384, 64, 8))
-    for programs in (512, 1024)
+    {"tokens": tokens, "warps": warps, "stages": stages}
+    for tokens, warps, stages in ((128, 4, 3), (256, 4, 3), (64, 2, 4), (256, 8, 2), (64, 4, 2))
 ]
+
+
+@lru_cache(64)
+def _couple_configs(b: int) -> list[k.Config]:
+    """Tiles whose accumulator needs at most 128 registers per thread."""
+    blocks = max(16, triton.next_power_of_2(b))
+    tiles = ((512, 4), (1024, 4), (256, 4), (1024, 8), (256, 2), (256, 8), (64, 1), (16, 4))
+    return [
+        {"tokens": tokens, "warps": warps, "stages": 1}
+        for tokens, warps in tiles
+        if blocks * tokens <= warps * 4096
+    ]
 
 
 def _group_counts(tokens: int) -> list[int]:
     """Into how many partial sums `down` may be split, to have enough programs for the device."""
-    return [8, 16, 4] if tokens == 1 else [4, 2, 1]
+    return [8, 16, 4] if tokens == 1 else [4, 2, 1, PRODUCTS]
 
 
 @lru_cache(1024)
@@ -247,52 +260,37 @@ def _down_configs(b: int, tokens: int) -> list[k.Config]:
     blocks = triton.next_power_of_2(b)
     if tokens == 1:
         tiles: tuple[tuple[int, ...], ...] = (
-            (1, 32, 128, 4, 3), (1, 32, 256, 4, 1), (1, 16, 256, 4, 3), (1, 64, 128, 4, 1),
-            (1, 64, 64, 4, 4),
+            (1, 32, 256, 4, 1), (1, 64, 256, 4, 1), (1, 64, 128, 4, 1), (1, 64, 256, 8, 1),
+            (1, 128, 128, 4, 1), (1, 128, 128, 8, 1), (1, 32, 128, 4, 3), (1, 32, 512, 8, 1),
         )  # fmt: skip
-    elif _decodes(b, tokens):
+    else:
         rows = max(16, triton.next_power_of_2(tokens))
         tiles = (
             (rows, 16, 128, 4, 4), (rows, 16, 256, 4, 3), (rows, 32, 128, 4, 4),
-            (rows, 32, 256, 4, 3), (rows, 64, 64, 4, 4), (rows, 32, 128, 8, 4),
-            (16, 16, 128, 4, 4),
+            (rows, 32, 256, 4, 3), (rows, 64, 64, 4, 4), (rows, 64, 128, 4, 3),
+            (rows, 64, 128, 8, 4), (16, 16, 128, 4, 4),
         )  # fmt: skip
-    else:
-        tiles = (
-            (64, 32, 256, 8, 3), (64, 32, 128, 8, 4), (64, 64, 256, 8, 2), (64, 64, 128, 8, 3),
-            (128, 32, 128, 8, 3), (32, 32, 256, 4, 3),
-        )  # fmt: skip
-    fused = [
+    return [
         {"tokens": rows, "rank": rank, "inner": inner, "warps": warps, "stages": stages}
         for rows, rank, inner, warps, stages in tiles
         if blocks * rows * rank <= warps * 4096
     ]
-    if _decodes(b, tokens):
-        return fused
-    # Below 8 blocks z is small, and each program of the fused kernel would read x again.
-    return [CUBLAS, *(fused if b >= 8 else [])]
 
 
 @lru_cache(1024)
-def _up_configs(b: int, tokens: int) -> list[k.Config]:
+def _up_configs(tokens: int) -> list[k.Config]:
     if tokens == 1:
         tiles: tuple[tuple[int, ...], ...] = (
-            (1, 16, 256, 4, 3), (1, 32, 128, 4, 4), (1, 8, 512, 4, 2), (1, 8, 1024, 4, 1),
-            (1, 4, 1024, 4, 1),
-        )  # fmt: skip
-    elif _decodes(b, tokens):
-        rows = max(16, triton.next_power_of_2(tokens))
-        tiles = (
-            (rows, 32, 128, 4, 4), (rows, 16, 128, 4, 4), (rows, 16, 256, 4, 3),
-            (rows, 32, 256, 4, 3), (rows, 64, 64, 4, 4),
+            (1, 8, 1024, 4, 1), (1, 4, 1024, 4, 1), (1, 32, 128, 4, 4), (1, 16, 512, 4, 1),
+            (1, 16, 1024, 8, 1), (1, 4, 2048, 4, 1), (1, 8, 2048, 8, 1), (1, 8, 512, 4, 2),
         )  # fmt: skip
     else:
+        rows = max(16, triton.next_power_of_2(tokens))
         tiles = (
-            (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (64, 128, 64, 4, 4),
-            (128, 64, 64, 4, 4),
+            (rows, 32, 128, 4, 4), (rows, 64, 64, 4, 4), (rows, 64, 128, 4, 3),
+            (rows, 32, 256, 4, 3), (rows, 16, 256, 4, 3), (rows, 64, 128, 8, 3),
         )  # fmt: skip
-    configs = [
+    return [
         {"tokens": rows, "out": out, "inner": inner, "warps": warps, "stages": stages}
         for rows, out, inner, warps, stages in tiles
     ]
-    return configs if _decodes(b, tokens) else [CUBLAS, *configs]

@@ -2,17 +2,24 @@
 
 Triton's own autotuner chooses between configs of one kernel. Here cuBLAS and whole plans are
 candidates too, a call under CUDA graph capture must not measure, and a decode call cannot afford
-the autotuner's per-call work; so the choice is a table of its own, timed by Triton's do_bench.
+the autotuner's per-call work; so the choice is a table of its own.
+
+Candidates are compiled side by side and timed in turn behind a delay that hides their launches.
+(Triton's do_bench takes 0.15 s for each decode kernel, and would time Python, not the kernel,
+where a candidate is several launches.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -20,9 +27,13 @@ import triton
 
 from blast_search.files import write_json
 from blast_search.latency import environment, fingerprint
+from blast_search.modes import flusher
 
 T = TypeVar("T")
-MILLISECONDS = {"warmup": 3, "rep": 15}  # per candidate
+ROUNDS = 15
+# About half a millisecond.  With a fifth of it, candidates of several kernels (one of cuBLAS's two
+# and a coupling) were timed by how fast Python launches them: for 64 tokens the wrong one won.
+LAUNCH_CYCLES = 1_000_000
 
 _chosen: dict[tuple[str, tuple[Hashable, ...], torch.device], Any] = {}
 
@@ -33,6 +44,7 @@ def pick(
     candidates: Sequence[T],
     run: Callable[[T], object],
     device: torch.device,
+    nested: bool = False,
 ) -> T:
     """The fastest candidate for a case; measured once per device and kernel source.
 
@@ -42,6 +54,7 @@ def pick(
     Args:
         name: what is chosen. case: what the choice depends on, of plain values.
         candidates: JSON values. run: runs one, and may overwrite its result.
+        nested: `run` makes choices of its own, so that candidates must not run side by side.
 
     Raises:
         RuntimeError: no candidate fits the device.
@@ -59,8 +72,8 @@ def pick(
     if kept in candidates:
         choice = candidates[candidates.index(kept)]
     else:
-        times = [_milliseconds(run, candidate) for candidate in candidates]
-        if min(times) == float("inf"):
+        times = _milliseconds(run, candidates, device, nested)
+        if min(times) == math.inf:
             raise RuntimeError(f"no config of {name} fits this device for {case}.")
         choice = candidates[times.index(min(times))]
         # Read again: another process may have added its choices meanwhile.
@@ -75,17 +88,48 @@ def chosen() -> dict[tuple[str, tuple[Hashable, ...], torch.device], Any]:
     return dict(_chosen)
 
 
-def _milliseconds(run: Callable[[T], object], candidate: T) -> float:
-    try:
-        time = triton.testing.do_bench(
-            lambda: run(candidate), return_mode="median", **MILLISECONDS
-        )
-    except Exception:
-        # Too little shared memory, or a config that this version of Triton cannot compile: the
-        # other ones will do.  An error that the device does not recover from shows here again.
-        torch.cuda.synchronize()
-        return float("inf")
-    return float(time)
+def _milliseconds(
+    run: Callable[[T], object], candidates: Sequence[T], device: torch.device, nested: bool
+) -> list[float]:
+    """The time of each candidate on the device, its caches flushed; infinite where it fails.
+
+    Medians of ROUNDS rounds in which all take turns: the clock of an idle device first rises.
+    """
+    inference = torch.is_inference_mode_enabled()
+    problems: list[Exception] = []
+
+    def works(candidate: T) -> bool:
+        try:
+            # The state of a thread is its own.
+            with torch.cuda.device(device), torch.no_grad(), torch.inference_mode(inference):
+                run(candidate)
+        except Exception as error:
+            # Too little shared memory, or a config that this version of Triton cannot compile:
+            # the other ones will do.  What the device does not recover from shows below again.
+            problems.append(error)
+            return False
+        return True
+
+    if nested:
+        ready = [works(candidate) for candidate in candidates]
+    else:
+        with ThreadPoolExecutor(min(len(candidates), os.cpu_count() or 1)) as pool:
+            ready = list(pool.map(works, candidates))
+    if not any(ready):
+        raise RuntimeError(f"no config fits this device: {problems[-1]}") from problems[-1]
+    torch.cuda.synchronize(device)
+    delay = flusher("cuda-graph-cold", device, LAUNCH_CYCLES)
+    spans: list[list[tuple[Any, Any]]] = [[] for _ in candidates]
+    for _ in range(ROUNDS):
+        for i in (i for i, fits in enumerate(ready) if fits):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            delay("")
+            start.record()
+            run(candidates[i])
+            end.record()
+            spans[i].append((start, end))
+    torch.cuda.synchronize(device)
+    return [median(s.elapsed_time(e) for s, e in own) if own else math.inf for own in spans]
 
 
 def _read(path: Path) -> dict[str, Any]:
