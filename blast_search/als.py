@@ -30,15 +30,16 @@ from torch import Tensor
 
 from blast_search.factors import Triple
 from blast_search.gram import diagonal_blocks
-from blast_search.spd import cholesky, conjugate_gradients, default_ridge, solve, unit_scales
+from blast_search.spd import cholesky, conjugate_gradients, solve, unit_scales
 
 OMEGA = 1.9  # 1.7 is 0.5 to 2 % worse at 30 sweeps, 1.95 up to 1 % at 10
 FULL_OMEGA = 1.7  # V goes block by block there: 1.9 is 1 to 2 % worse
-CG_STEPS = 6  # for couplings under a full Gram: as good per sweep as the exact solve
+CG_STEPS = 6  # for couplings: as good per sweep as the exact solve; 3 are not
 FLOOR = 1e-5  # relative squared error at which float32 sums stop telling better from worse
 STALL = 1e-5  # relative decrease per sweep that ends a fit; the SVD start is a plateau: not 1e-4
 START_SWEEPS = 8  # on the Gram's diagonal blocks, before the full Gram
-CACHE = 1 << 18  # numbers
+# Numbers in a temporary: within a CPU's cache; on a GPU few launches, as small ones cost the same.
+ROOM = {"cpu": 1 << 18, "cuda": 1 << 26}
 RACE_SWEEPS = 2  # for choosing between two starts
 
 OnSweep = Callable[[Tensor], None]  # gets the relative squared errors (l,)
@@ -109,13 +110,13 @@ class BlockProblem:
         scale = scale_u.unsqueeze(2) * scale_v.unsqueeze(1)  # (l, i, j, r)
         dots = (av * u.unsqueeze(1)).sum(3).transpose(1, 2) * scale
         scaled = s / scale
-        move = torch.empty_like(s)
-        for i in range(self.b):
-            for j in _chunks(self.b, unit_v[:, 0]):
-                h = unit_u[:, i, None] * unit_v[:, j]
-                rest = dots[:, i, j, :, None] - h @ scaled[:, i, j, :, None]
-                root = cholesky(h, default_ridge(h))
-                move[:, i, j] = torch.cholesky_solve(rest, root).squeeze(-1)
+        moves = []
+        for i in _chunks(self.b, unit_v):
+            h = unit_u[:, i, None] * unit_v[:, None]
+            rest = dots[:, i, ..., None] - h @ scaled[:, i, ..., None]
+            move = conjugate_gradients(h.flatten(0, 2), rest.flatten(0, 2), CG_STEPS)
+            moves.append(move.view_as(scaled[:, i]))
+        move = torch.cat(moves, 1)
         s = s + omega * scale * move
         u = _step(u, _mix(s, gram_v), (av * s.transpose(1, 2).unsqueeze(3)).sum(1), omega)
         rhs = (self.times_u(u) * s.unsqueeze(3)).sum(1)
@@ -152,8 +153,12 @@ class FullProblem:
 
     def row_gram(self, s: Tensor, k: Tensor) -> Tensor:
         """Vbar_i G Vbar_i^T as (l, i, r, r)."""
-        rows = [((k * row[:, None, None]).sum(3) * row[..., None]).sum(1) for row in s.unbind(1)]
-        return torch.stack(rows, 1)
+        rows = []
+        for i in _chunks(self.b, k):
+            row = s[:, i]  # (l, i, j, r)
+            inner = (k[:, None] * row[:, :, None, None]).sum(4)  # over k: (l, i, j, a, c)
+            rows.append((inner * row[..., None]).sum(2))
+        return torch.cat(rows, 1)
 
     def evaluate(self, u: Tensor, s: Tensor, v: Tensor) -> State:
         k, agv = self.coupled(v), self.products.times_v(v)
@@ -164,11 +169,13 @@ class FullProblem:
         gram_u = u.mT @ u
         dots = (agv * u.unsqueeze(1)).sum(3).transpose(1, 2)
         moves = []
-        for i in range(self.b):
-            h = (k * gram_u[:, i, None, :, None, :]).flatten(3).flatten(1, 2)  # (l, b r, b r)
-            rest = dots[:, i].flatten(1)[..., None] - h @ s[:, i].flatten(1)[..., None]
-            moves.append(conjugate_gradients(h, rest, CG_STEPS).reshape(s[:, i].shape))
-        s = s + omega * torch.stack(moves, 1)
+        for i in _chunks(self.b, k):
+            h = k[:, None] * gram_u[:, i, None, :, None, :]  # (l, i, j, a, k, c)
+            h = h.flatten(4).flatten(2, 3)  # (l, i, b r, b r)
+            rest = dots[:, i].flatten(2)[..., None] - h @ s[:, i].flatten(2)[..., None]
+            move = conjugate_gradients(h.flatten(0, 1), rest.flatten(0, 1), CG_STEPS)
+            moves.append(move.reshape(s[:, i].shape))
+        s = s + omega * torch.cat(moves, 1)
         rhs = (agv * s.transpose(1, 2).unsqueeze(3)).sum(1)
         u = _step(u, self.row_gram(s, k), rhs, omega)
         gram_u = u.mT @ u
@@ -267,18 +274,22 @@ def _step(x: Tensor, h: Tensor, rhs: Tensor, omega: Tensor) -> Tensor:
 
 def _mix(s: Tensor, k: Tensor) -> Tensor:
     """sum_j (s_ij s_ij^T) * k_j for s (l, i, j, r) and k (l, j, r, r): (l, i, r, r)."""
+    b = s.shape[2]
+    if len(_chunks(b, k)) == 1:  # a few launches; beyond the cache up to 5x as slow as the loop
+        return (s[..., None] * k[:, None] * s[..., None, :]).sum(2)
     total = s.new_zeros(*s.shape[:2], *k.shape[2:])
     for i in _chunks(s.shape[1], k[:, 0]):
-        for j in range(s.shape[2]):
+        for j in range(b):
             left = k[:, j, None] * s[:, i, j, :, None]
             total[:, i].addcmul_(left, s[:, i, j, None])
     return total
 
 
 def _chunks(count: int, one: Tensor) -> list[slice]:
-    """Slices of 0 .. count, so that tensors of so many times `one` stay in a CPU's cache."""
-    step = max(1, (CACHE if one.device.type == "cpu" else count * one.numel()) // one.numel())
-    return [slice(first, first + step) for first in range(0, count, step)]
+    """Slices of 0 .. count, so that tensors of so many times `one` have room."""
+    room = ROOM.get(one.device.type, ROOM["cpu"])
+    step = min(count, max(1, room // one.numel()))
+    return [slice(first, min(count, first + step)) for first in range(0, count, step)]
 
 
 def _loss(norm: Tensor, u: Tensor, s: Tensor, h: Tensor, av: Tensor) -> Tensor:

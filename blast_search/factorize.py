@@ -27,9 +27,9 @@ from blast_search.gram import Whitening, cut, diagonal_blocks, regularised, warn
 from blast_search.lowrank import LowRankBasis, whitened_svd
 from blast_search.matrix import to_dense
 
-SWEEPS = 30
+SWEEPS = 40  # 30 end where the published method does at b = 16, 40 are 1.5 % better
 GRID_SWEEPS = 8  # per further rank of a grid
-BATCH_BYTES = 1 << 30
+BATCH_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
 Method = Literal["als", "precgd", "adam"]
 OnSweep = Callable[[float], None]
@@ -56,7 +56,7 @@ def factorize(
     Args:
         gram: E[x x^T] of the layer's inputs, (n, n), or its diagonal (n,); None for the plain
             Frobenius error.
-        sweeps: passes over U, S and V (b > 1); None: 30 for als, else 300.
+        sweeps: passes over U, S and V (b > 1); None: 40 for als, else 300.
         basis: the weight's LowRankBasis where it is at hand (same Gram, whitening "full").
         method: "als"; "precgd", the published one (arXiv 2410.21262, algorithm 2; no full Gram);
             or "adam".
@@ -122,7 +122,7 @@ def factorize_many(
     """As factorize, for many weights of one shape: their sweeps run as one batch (b > 1).
 
     Pays where small kernels wait for each other (GPUs, small layers).  Each layer stops on its
-    own and equals its single fit up to rounding.  Batches take at most about 1 GB.
+    own and equals its single fit up to rounding.  Batches take at most about 1 GB (8 on a GPU).
 
     Raises:
         ValueError: as factorize, or weights of several shapes, or Grams for only some.
@@ -147,7 +147,8 @@ def factorize_many(
         ]
     full = whitening == "full" and any(_is_full(g) for g in grams)
     results: list[Factors] = []
-    size = max(1, BATCH_BYTES // _bytes(checked[0][0], num_blocks, rank, full)) if checked else 1
+    room = BATCH_BYTES.get(weights[0].device.type, BATCH_BYTES["cpu"]) if weights else 0
+    size = max(1, room // _bytes(checked[0][0], num_blocks, rank, full)) if checked else 1
     for first in range(0, len(checked), size):
         part = slice(first, first + size)
         fitted = _fit(

@@ -279,7 +279,7 @@ def test_many_equal_one_by_one(b, use_gram):
 
 
 def test_batches_are_cut_to_memory(monkeypatch):
-    monkeypatch.setattr(sys.modules["blast_search.factorize"], "BATCH_BYTES", 1)
+    monkeypatch.setattr(sys.modules["blast_search.factorize"], "BATCH_BYTES", {"cpu": 1})
     weights = [weight_and_gram(seed=seed)[0] for seed in range(3)]
     errors = [f.error for f in factorize_many(weights, 4, 9)]
     assert errors == pytest.approx([factorize(w, 4, 9).error for w in weights], rel=1e-4)
