@@ -157,7 +157,8 @@ def test_kernel_choice_is_explicit():
     assert choose(4, 4, torch.float32, "cpu", few) == "torch"  # less than one vector
     assert choose(64, 64, torch.float32, "cpu", few) == "torch"
     assert choose(4, 64, torch.float64, "cpu", few) == "torch"
-    assert choose(1, 64, torch.float16, "cuda", few) == "lowrank"
+    assert choose(1, 64, torch.float16, "cuda", few) == "triton"
+    assert choose(1, 64, torch.float16, "cuda", many) == "lowrank"
     assert choose(4, 64, torch.float16, "cuda", few) == "triton"
     assert choose(4, 64, torch.float64, "cuda", few) == "torch"
     assert kernels.label("numba").startswith("numba-")
@@ -414,3 +415,26 @@ def test_macs_are_exact_in_both_counters(b):
         layer(x).sum().backward()
     again = tokens * r * (n + b * b)
     assert counter.get_total_flops() == 2 * (3 * exact + again)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_low_rank_on_a_gpu_with_and_without_couplings_of_one(tokens):
+    layer = BlastLinear(128, 192, 1, 32, device="cuda")
+    x = torch.randn(tokens, 128, device="cuda")
+    for factor in (1.0, 3.0, 1.0):
+        with torch.no_grad():
+            layer.S.fill_(factor)
+            found = layer(x)
+        exact = x.double() @ layer.to_dense().double().T + layer.bias.double()
+        assert ((found - exact).norm() / exact.norm()).item() < 1e-3
+        assert found.shape == (tokens, 192)
+
+
+def test_couplings_of_low_rank_are_not_trained():
+    for layer in (BlastLinear(8, 8, 1, 2), BlastLinear.empty_like(nn.Linear(8, 8), 1, 2)):
+        assert bool((layer.S == 1).all())
+        assert not layer.S.requires_grad
+        assert layer.U.requires_grad
+    assert BlastLinear(8, 8, 2, 2).S.requires_grad
