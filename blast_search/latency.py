@@ -190,7 +190,7 @@ def measure_cell(cell: Cell, device_type: str, seconds: float = CELL_SECONDS) ->
     modules: dict[str, nn.Module] = {"dense": dense}
     if not cell.candidate.is_dense:
         c = cell.candidate
-        modules["candidate"] = BlastLinear(n, m, c.num_blocks, c.rank, cell.bias, **new)
+        modules["candidate"] = BlastLinear.empty_like(dense, c.num_blocks, c.rank)
     with torch.inference_mode():
         calls = {
             name: timed_call(cell.mode, module, lambda layer: layer(x))
