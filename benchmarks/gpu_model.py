@@ -6,10 +6,10 @@
 
 Needs this package with torch, triton and the scientific stack; Ray and Optuna are not used.
 `latency`: cells are measured as CUDA graphs (as by `profile --mode cuda-graph-cold`), errors
-of one layer per type and third of the depth give every candidate a score (relative squared error
-of the weight, summed over layers: the weights are nobody's, see tasks/shapes.py), and for each
-workload the fastest plan whose score is that of uniform b = 16 at half the parameters is solved
-for.  Then whole models are timed side by side, and 20 random plans: predicted against measured.
+of one layer per type give every candidate a score (relative squared error of the weight, summed
+over layers: the weights are nobody's, see tasks/shapes.py), and for each workload the fastest
+plan whose score is that of uniform b = 16 at half the parameters is solved for.  Then whole
+models are timed side by side, and 20 random plans: predicted against measured.
 `factorize` times the factorisation of every matrix and compares some errors with PrecGD-300.
 Writes model.json or factorize.json to --out (default results/gpu/<device>).
 """
@@ -52,9 +52,10 @@ from blast_search.tasks.shapes import SHAPES, ShapesTask
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS, KEEP = 16, 0.5  # the uniform plan of the published Llama-7B result
 TINY = {"width": 128, "depth": 3, "heads": 4, "hidden": 256, "vocab": 64, "tokens": 64}
-THIRDS = 3
+KEEPS = (0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 CHECK_PLANS = 20
-SECONDS = 20.0  # per workload, for all variants
+CONTEXT = 512  # tokens in the cache when one more is decoded
+SECONDS = 5.0  # per workload, for all variants
 
 
 def prepared(shapes: str, report: Reporter) -> Prepared:
@@ -65,13 +66,22 @@ def prepared(shapes: str, report: Reporter) -> Prepared:
     task = ShapesTask(shapes)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.set_default_dtype(dtype)
+    short = ShapesTask(shapes)
+    short.shape = replace(task.shape, tokens=min(CONTEXT, task.shape.tokens))
     with device:
         model = task.model().eval()
-        sizes = {"decode 1": (1, 1), "decode 16": (16, 1), "prefill": (1, task.shape.tokens)}
-        workloads = [Workload(n, task.make_workload(*size), 1.0) for n, size in sizes.items()]
+        batches = {
+            "decode 1": short.make_workload(1, 1),
+            "decode 16": short.make_workload(16, 1),
+            "prefill": task.make_workload(1, task.shape.tokens),
+        }
+        workloads = [Workload(name, batch, 1.0) for name, batch in batches.items()]
     torch.set_default_dtype(torch.float32)
-    blocks = (1, 2, 4, 8, BLOCKS)
-    space = SearchSpace(num_blocks=blocks, rank_multiple=16 if device.type == "cuda" else 8)
+    space = SearchSpace(
+        num_blocks=(1, 2, 4, 8, BLOCKS),
+        keep=KEEPS,
+        rank_multiple=16 if device.type == "cuda" else 8,
+    )
     layers, skipped = inventory(model, workloads, space)
     # Cells with a flushed cache: in the model, every layer finds its weights in memory.
     mode = "cuda-graph-cold" if device.type == "cuda" else "eager"
@@ -83,12 +93,12 @@ def prepared(shapes: str, report: Reporter) -> Prepared:
 
 
 def scores(p: Prepared, report: Reporter) -> ScoreTable:
-    """Relative squared errors: measured on one layer per type and third, shared by the others."""
-    sampled: dict[str, LayerSpec] = {}
-    for members in by_type(p.layers).values():
-        for k, layer in enumerate(members):
-            third = k * THIRDS // len(members)
-            sampled[layer.name] = members[(2 * third + 1) * len(members) // (2 * THIRDS)]
+    """Relative squared errors: measured on one layer per type, shared by the others."""
+    sampled = {
+        layer.name: members[len(members) // 2]
+        for members in by_type(p.layers).values()
+        for layer in members
+    }
     chosen = [layer for layer in p.layers if sampled[layer.name] is layer]
     ranks = {ly.name: max(c.rank for c in p.space.candidates(ly)) for ly in chosen}
     fitter = Fitter(p.model, chosen, {}, ranks)
@@ -129,6 +139,7 @@ def latencies(p: Prepared, report: Reporter, keep: Callable[[Any], None]) -> dic
     quality = scores(p, report)
     uniform: Choices = {ly.name: p.space.uniform_choice(ly, BLOCKS, KEEP) for ly in p.layers}
     low_rank: Choices = {ly.name: p.space.uniform_choice(ly, 1, KEEP) for ly in p.layers}
+    four: Choices = {ly.name: p.space.uniform_choice(ly, 4, KEEP) for ly in p.layers}
     limit = loss(quality, uniform)
     names = [w.name for w in p.workloads]
     parts = LatencyModel(p.layers, table, workloads=names).parts
@@ -149,6 +160,7 @@ def latencies(p: Prepared, report: Reporter, keep: Callable[[Any], None]) -> dic
         report.say(f"{workload.name}: {check_text(errors)}")
         plans = {
             "uniform b = 16": uniform,
+            "uniform b = 4": four,
             "uniform low rank": low_rank,
             "searched": fastest(latency, quality, limit),
         }
@@ -185,8 +197,15 @@ def row(timing: Timing, predicted: float | None, score: float, plan: Choices) ->
     }  # fmt: skip
 
 
-def factorizations(p: Prepared, report: Reporter, seconds: float) -> dict[str, Any]:
-    """Time to factorise every layer at b = 16, half the parameters; PrecGD-300 on one per type."""
+def factorizations(
+    p: Prepared, report: Reporter, seconds: float, keep: Callable[[Any], None]
+) -> dict[str, Any]:
+    """Time to factorise all layers at b = 16, half the parameters; PrecGD-300 on one per shape.
+
+    Args:
+        seconds: no block of layers, and no PrecGD, is begun after these.
+        keep: called with what was found so far: a run may be cut off.
+    """
     errors, done, spent = [], 0, 0.0
     began = time.monotonic()
     groups = list(by_type(p.layers).values())
@@ -212,8 +231,21 @@ def factorizations(p: Prepared, report: Reporter, seconds: float) -> dict[str, A
             spent = time.monotonic() - began
             if spent > seconds:
                 break
-    rows = []
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {
+        "matrices": done, "of": len(p.layers), "seconds": round(spent, 1),
+        "seconds_for_all": round(spent / done * len(p.layers), 1), "errors": errors,
+        "precgd": rows,
+    }  # fmt: skip
+    report.say(f"{done} of {len(p.layers)} matrices in {spent:.0f} s")
+    keep(found)
+    firsts: dict[tuple[int, int], LayerSpec] = {}
     for layer in by_depth[0]:
+        firsts.setdefault(layer.shape, layer)
+    start = time.monotonic()
+    for layer in firsts.values():
+        if time.monotonic() - start > seconds:
+            break
         choice = p.space.uniform_choice(layer, BLOCKS, KEEP)
         weight = dense_weight(p.model.get_submodule(layer.name)).float()
         ours = next(e["error"] for e in errors if e["layer"] == layer.name)
@@ -224,19 +256,15 @@ def factorizations(p: Prepared, report: Reporter, seconds: float) -> dict[str, A
             "precgd_seconds": round(time.monotonic() - began, 1),
         })  # fmt: skip
         report.say(f"  {layer.name}: ALS {ours:.4f}, PrecGD-300 {theirs:.4f}")
-    report.say(f"{done} of {len(p.layers)} matrices in {spent:.0f} s")
-    return {
-        "matrices": done, "of": len(p.layers), "seconds": round(spent, 1),
-        "seconds_for_all": round(spent / done * len(p.layers), 1), "errors": errors,
-        "precgd": rows,
-    }  # fmt: skip
+        keep(found)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=("latency", "factorize"))
     parser.add_argument("--shapes", default="llama-7b", choices=("llama-7b", "llama-3-8b", "tiny"))
-    parser.add_argument("--seconds", type=float, default=480, help="factorize: stop after these")
+    parser.add_argument("--seconds", type=float, default=480, help="factorize: for each method")
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     values = parser.parse_args()
     if values.shapes != "tiny" and not torch.cuda.is_available():
@@ -251,7 +279,8 @@ def main() -> None:
     def keep(result: dict[str, Any]) -> None:
         peak = torch.cuda.max_memory_allocated() / 2**30 if p.device.type == "cuda" else None
         facts = {
-            "shapes": values.shapes, "mode": p.mode, "environment": p.environment,
+            "shapes": values.shapes, "context": CONTEXT, "mode": p.mode,
+            "environment": p.environment,
             "peak_memory_gib": peak, "seconds_in_all": round(time.monotonic() - began, 1),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
@@ -261,7 +290,7 @@ def main() -> None:
         if values.part == "latency":
             keep(latencies(p, report, keep))
         else:
-            keep(factorizations(p, report, values.seconds))
+            keep(factorizations(p, report, values.seconds, keep))
     report.say(f"wrote {file}")
 
 

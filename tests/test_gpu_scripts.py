@@ -52,7 +52,7 @@ def test_every_matrix_of_a_model_is_factorised_and_beats_precgd(
     gpu_model.main()
     found = json.loads((tmp_path / "factorize-tiny.json").read_text())
     assert found["matrices"] == found["of"] == 21
-    assert len(found["precgd"]) == 7
+    assert len(found["precgd"]) == 3  # shapes
     for row in found["precgd"]:
         assert 0 < row["als"] < row["precgd_300"]
 

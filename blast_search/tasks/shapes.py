@@ -97,18 +97,26 @@ class Block(nn.Module):
         if s.modulated:
             self.modulation = nn.Linear(s.width, 6 * s.width)
 
-    def forward(self, x: Tensor, condition: Tensor | None, cache: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | None,
+        cache: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
         """x (B, T, width); condition (B, width); cache (2, B, heads, positions, head size)."""
         if condition is None:
-            x = x + self.attention(self.norm1(x), cache)
+            x = x + self.attention(self.norm1(x), cache, rotation)
             return x + self.feed_forward(self.norm2(x))
         parts = self.modulation(F.silu(condition))[:, None].chunk(6, -1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, None)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, None, None)
         out: Tensor = x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2)
         return out
 
-    def attention(self, x: Tensor, cache: Tensor | None) -> Tensor:
+    def attention(
+        self, x: Tensor, cache: Tensor | None, rotation: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
         s, t = self.shape, x.shape[1]
         kv = s.key_heads * s.head_size
         if s.fused:
@@ -116,9 +124,8 @@ class Block(nn.Module):
         else:
             q, k, v = self.q(x), self.k(x), self.v(x)
         q, k, v = (part.unflatten(-1, (-1, s.head_size)).transpose(1, 2) for part in (q, k, v))
-        if s.gated:
-            past = cache.shape[3] - t if cache is not None else 0
-            q, k = rotated(q, past), rotated(k, past)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
         if cache is not None:
             cache[0, :, :, -t:], cache[1, :, :, -t:] = k, v
             k, v = cache[0], cache[1]
@@ -137,15 +144,19 @@ class Block(nn.Module):
         return out
 
 
-def rotated(x: Tensor, past: int) -> Tensor:
-    """Rotary position embedding of (B, heads, T, size), positions past, past + 1, ..."""
-    size, t = x.shape[-1], x.shape[-2]
-    kind: dict[str, Any] = {"device": x.device, "dtype": torch.float32}
+def rotation_of(past: int, t: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (t, size) of rotary position embedding, from position `past` on."""
+    kind: dict[str, Any] = {"device": like.device, "dtype": torch.float32}
     frequencies = 10_000.0 ** (-torch.arange(0, size, 2, **kind) / size)
     angles = torch.arange(past, past + t, **kind)[:, None] * frequencies
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., : size // 2], x[..., size // 2 :]
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(like.dtype), torch.cat((-sin, sin), -1).to(like.dtype)
+
+
+def rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, heads, T, size) turned by its positions."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Transformer(nn.Module):
@@ -170,8 +181,11 @@ class Transformer(nn.Module):
         The cache holds what came before; the last T positions are overwritten with x's own.
         """
         h = self.embed(x)
+        s, t = self.shape, x.shape[1]
+        past = 0 if cache is None else cache.shape[4] - t
+        rotation = rotation_of(past, t, s.head_size, h) if s.gated else None
         for index, block in enumerate(self.blocks):
-            h = block(h, condition, None if cache is None else cache[index])
+            h = block(h, condition, None if cache is None else cache[index], rotation)
         out: Tensor = self.head(self.norm(h))
         return out
 
