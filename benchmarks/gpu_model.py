@@ -20,7 +20,7 @@ import argparse
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,7 +45,7 @@ from blast_search.profiling import Profiler
 from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder
 from blast_search.sensitivity import ProbeTable, Scorer, by_type, gain_fits, measured_gains
-from blast_search.space import LayerSpec, SearchSpace
+from blast_search.space import DENSE, LayerSpec, SearchSpace
 from blast_search.tables import LatencyTable, Score, ScoreTable, layer_options
 from blast_search.tasks.shapes import SHAPES, ShapesTask
 
@@ -171,6 +171,7 @@ def latencies(p: Prepared, report: Reporter, keep: Callable[[Any], None]) -> dic
         )  # fmt: skip
         rows = {
             name: row(timings[name], latency.ratio(plan), loss(quality, plan), plan)
+            | {"parameter_ratio": kept(p.layers, plan)}
             for name, plan in plans.items()
         }
         found["workloads"][workload.name] = {"latency_check": errors, "plans": rows}
@@ -181,6 +182,11 @@ def latencies(p: Prepared, report: Reporter, keep: Callable[[Any], None]) -> dic
             )
         keep(found)
     return found
+
+
+def kept(layers: Sequence[LayerSpec], plan: Choices) -> float:
+    """The share of the searched layers' parameters that a plan keeps."""
+    return sum(ly.params(plan[ly.name]) for ly in layers) / sum(ly.params(DENSE) for ly in layers)
 
 
 def row(timing: Timing, predicted: float | None, score: float, plan: Choices) -> dict[str, Any]:
