@@ -1,4 +1,4 @@
-"""results/gpu/<device>/*.json -> README.md and figure.png in the same folder.
+"""results/gpu/<device>/*.json -> README.md, table.md and figure.png in the same folder.
 
     python benchmarks/gpu_summary.py results/gpu/nvidia-h200
 
@@ -27,6 +27,11 @@ PLANS = {
     "uniform low rank": "#009E73",
     "searched": "#D55E00",
 }
+WORKLOADS = {
+    "decode 1": "decoding, 1 sequence",
+    "decode 16": "decoding, 16 sequences",
+    "prefill": "prompt of 2,048 tokens",
+}
 # Speed-ups per layer that were aimed at: (tokens at least, at most, b, share) -> times dense.
 AIMS = {
     (1, 1, 4, 0.5): 1.6, (1, 1, 4, 0.3): 2.4, (1, 1, 16, 0.5): 1.6, (1, 1, 16, 0.3): 2.4,
@@ -47,6 +52,8 @@ def main() -> None:
     lines = [f"# {device}", "", "![Speed-ups over dense](figure.png)", ""]
     for model in models:
         lines += _model(model)
+        if model["shapes"] == "llama-7b":
+            (folder / "table.md").write_text("\n".join(_short(model)))
     if layer:
         lines += _layers(layer)
     for fit in fits:
@@ -104,6 +111,16 @@ def _model(found: dict[str, Any]) -> list[str]:
         "",
     ]
     return lines
+
+
+def _short(found: dict[str, Any]) -> list[str]:
+    """Uniform b = 16 beside the searched plan of its score, as the project's README shows them."""
+    names = ("uniform b = 16", "searched")
+    rows = [
+        (WORKLOADS[workload], *(f"{part['plans'][name]['speedup']:.2f}" for name in names))
+        for workload, part in found["workloads"].items()
+    ]
+    return _table(("times as fast as dense", "uniform b = 16", "searched plan"), rows)
 
 
 def _layers(found: dict[str, Any]) -> list[str]:

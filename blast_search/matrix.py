@@ -165,7 +165,8 @@ class BlastLinear(nn.Module):
         Looking at S waits for the device: once per value, and never in a capture.
         """
         s = self.S
-        if torch.is_grad_enabled() or s.is_inference() or x.numel() == self.in_features:
+        watched = torch.is_grad_enabled() or product.observed(x) or s.is_inference()
+        if watched or x.numel() == self.in_features:
             return False
         if self._plain is None or self._plain[:2] != (s._version, s.data_ptr()):
             if torch.cuda.is_current_stream_capturing():

@@ -180,7 +180,7 @@ def _blocks(x: Tensor, b: int) -> Tensor:
 def _case(x: Tensor, u: Tensor, v: Tensor, bias: bool) -> Case:
     """What a choice depends on; tokens by the next power of two, ranks in steps of up to 1.5.
 
-    Exact ranks would let each of a profile's cells tune for a second or two.
+    With exact ranks each of a profile's cells would tune for itself.
     """
     precision = k.tf32() if x.dtype == torch.float32 else None
     tokens, (b, p, r) = triton.next_power_of_2(len(x)), u.shape
