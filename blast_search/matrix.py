@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from blast_search import kernels, product
 
@@ -71,15 +70,16 @@ class BlastLinear(nn.Module):
     Input (..., in_features), output (..., out_features).
 
     A fresh layer is ready to train from scratch: see reset_parameters, and scratch.py for whole
-    models and learning rates.  At b = 1 the couplings only scale U's columns: they stay one, and
-    are not trained.
+    models and learning rates.  At b = 1 couplings only scale U's columns: in a layer that replaces
+    another (empty_like, from_linear) S is then a buffer of ones, and what is loaded or set is
+    folded into U.
 
     Raises:
         ValueError: num_blocks does not divide both sides, or rank < 1.
     """
 
+    S: Tensor
     bias: nn.Parameter | None
-    _plain: tuple[int, int, bool] | None = None  # version and address of S, and what was seen
 
     def __init__(
         self,
@@ -110,8 +110,6 @@ class BlastLinear(nn.Module):
             "bias",
             nn.Parameter(torch.empty(out_features, **new)) if bias else None,  # type: ignore[arg-type]
         )
-        if b == 1:
-            self.S.requires_grad_(False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -154,33 +152,34 @@ class BlastLinear(nn.Module):
         own = self._parameters
         if "U" not in own or torch.compiler.is_compiling():  # parametrised, or sharded by FSDP
             return blast_matmul(x, self.U, self.S, self.V, self.bias)
-        if x.is_cuda and self.num_blocks == 1 and self._is_plain(x):
-            return F.linear(x @ self.V.squeeze(0), self.U.squeeze(0), self.bias)
-        return blast_matmul(x, own["U"], own["S"], own["V"], own["bias"])  # type: ignore[arg-type]
-
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether this is low rank with couplings of one, so that two products will do.
-
-        On a GPU a third launch is a tenth of the time.  (For one token there is a faster kernel.)
-        Looking at S waits for the device: once per value, and never in a capture.
-        """
-        s = self.S
-        watched = torch.is_grad_enabled() or product.observed(x) or s.is_inference()
-        if watched or x.numel() == self.in_features:
-            return False
-        if self._plain is None or self._plain[:2] != (s._version, s.data_ptr()):
-            if torch.cuda.is_current_stream_capturing():
-                return False
-            self._plain = s._version, s.data_ptr(), bool((s == 1).all())
-        return self._plain[2]
+        if "S" in own:
+            return blast_matmul(x, own["U"], own["S"], own["V"], own["bias"])  # type: ignore[arg-type]
+        if x.is_cuda and x.numel() > self.in_features and not product.observed(x):
+            # Two launches; a third one for couplings of one would be a tenth of the time.  For a
+            # single token there is a faster kernel.
+            return kernels.composed.low_rank(x, self.U, None, self.V, self.bias)
+        return blast_matmul(x, own["U"], self.S, own["V"], own["bias"])  # type: ignore[arg-type]
 
     def set_factors(self, factors: Factors) -> None:
         """Copy factors of this layer's shapes into the parameters."""
         with torch.no_grad():
-            for parameter, value in zip(
+            for own, value in zip(
                 (self.U, self.S, self.V), (factors.U, factors.S, factors.V), strict=True
             ):
-                parameter.copy_(value)
+                own.copy_(value)
+            self._fold()
+
+    def _fold(self) -> None:
+        """Couplings that are a buffer: into U.  A new U, as the old one may be the caller's."""
+        if "S" not in self._buffers or self.S.is_meta or bool((self.S == 1).all()):
+            return
+        with torch.no_grad():
+            self.U = nn.Parameter(self.U * self.S, self.U.requires_grad)
+            self.S = torch.ones_like(self.S)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._fold()
 
     @classmethod
     def from_linear(
@@ -220,14 +219,15 @@ class BlastLinear(nn.Module):
         for factor, std in ((layer.U, layer._size), (layer.S, 1), (layer.V, layer._size)):
             nn.init.normal_(factor, std=std)
         if num_blocks == 1:
-            nn.init.ones_(layer.S)
+            del layer.S
+            layer.register_buffer("S", weight.new_ones(1, 1, rank))
         if isinstance(bias, Tensor):
             with torch.no_grad():
                 layer.bias.copy_(bias)  # type: ignore[union-attr]
         trainable = getattr(linear, "weight").requires_grad  # noqa: B009
-        for parameter in (layer.U, layer.S, layer.V):
-            redundant = parameter is layer.S and num_blocks == 1
-            parameter.requires_grad_(bool(trainable) and not redundant)
+        for name in ("U", "S", "V"):
+            if name in layer._parameters:
+                getattr(layer, name).requires_grad_(bool(trainable))
         return layer.train(linear.training)
 
     def extra_repr(self) -> str:

@@ -161,7 +161,8 @@ def parameter_groups(
     for module in model.modules():
         if isinstance(module, BlastLinear):
             for name, found in factors.items():
-                found.append(getattr(module, name))
+                if name in module._parameters:  # low rank has no S to train
+                    found.append(getattr(module, name))
     structured = {id(p) for found in factors.values() for p in found}
     rest = [p for p in model.parameters() if id(p) not in structured]
     groups = [("rest", rest, weight_decay)]

@@ -56,8 +56,7 @@ SOURCES["upcast"] = (*SOURCES["tiled"], "composed.py", "reference.py")
 
 # Up to so many tokens, one compiled call for all three stages beats three PyTorch calls.
 SMALL_TOKENS = 16
-# The same on CUDA: two launches of Triton's, for b = 1 as well, or cuBLAS where that is faster.
-DECODE_TOKENS = 64
+TRITON_BLOCKS = 64  # more need more accumulators than a GPU has registers
 
 
 @functools.cache
@@ -68,7 +67,7 @@ def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tok
     SMALL_TOKENS tokens on a CPU; the gradients of "small" come from "numba".  "upcast" is for
     half types that the CPU has no products for.
     """
-    if device_type == "cuda" and (num_blocks > 1 or tokens <= DECODE_TOKENS):
+    if device_type == "cuda" and (tokens == 1 or 1 < num_blocks <= TRITON_BLOCKS):
         known = dtype in (torch.float32, torch.bfloat16, torch.float16)
         if known and find_spec("triton"):
             return "triton"

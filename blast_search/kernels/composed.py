@@ -80,11 +80,15 @@ def _up(w: Tensor, ut: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.baddbmm(bias.view(b, 1, p), w, ut, out=out.transpose(0, 1))
 
 
-def low_rank(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """b = 1 as two plain products, the bias within the second; differentiable, any shape of x."""
+def low_rank(x: Tensor, u: Tensor, s: Tensor | None, v: Tensor, bias: Tensor | None) -> Tensor:
+    """b = 1 as two plain products, the bias within the second; differentiable, any shape of x.
+
+    s: None for couplings of one.
+    """
     z = x @ v.squeeze(0)
-    scale = s.view(-1).to(z.dtype)
-    z = z * scale if torch.is_grad_enabled() else z.mul_(scale)
+    if s is not None:
+        scale = s.view(-1).to(z.dtype)
+        z = z * scale if torch.is_grad_enabled() else z.mul_(scale)
     return torch.nn.functional.linear(z, u.squeeze(0), bias)
 
 
