@@ -26,12 +26,12 @@ import torch
 import triton
 from torch import Tensor
 
-from blast_search.kernels import DECODE_TOKENS
+from blast_search.kernels import TRITON_BLOCKS
 from blast_search.kernels import triton_kernels as k
 from blast_search.kernels import triton_tune as tune
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FUSED_BLOCKS = 64  # more blocks than this need more accumulators than there are registers
+DECODE_TOKENS = 64
 PRODUCTS = 0  # the candidate that is no number of groups: as for many tokens
 
 Case = tuple[Hashable, ...]
@@ -164,7 +164,7 @@ def _prepared(x: Tensor, u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 
 def _decodes(b: int, tokens: int) -> bool:
-    return tokens <= DECODE_TOKENS and b <= FUSED_BLOCKS
+    return tokens <= DECODE_TOKENS and b <= TRITON_BLOCKS
 
 
 def _rows(x: Tensor) -> Tensor:

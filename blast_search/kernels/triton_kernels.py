@@ -12,7 +12,7 @@ In `down`, a three-dimensional register tile of blocks, tokens and ranks stands 
 accumulator per block"; block counts that are not powers of two are masked.
 
 A config is a dict of tile sizes (tokens, rank, inner, out), warps and stages. Launchers shrink
-tiles to the problem, so any config is valid for any shape.
+tiles to the problem, so any config is valid for any shape (those with tokens = 1 for one token).
 """
 
 from __future__ import annotations
@@ -221,9 +221,10 @@ def _dependent_launch(device: torch.device, tokens: int) -> bool:
 
     Measured on an H200: 9.6 to 8.6 us for one token (4096 x 4096), 13.6 to 14.1 for 16.
     """
-    if device.type != "cuda" or tokens > 1:
+    if device.type != "cuda" or tokens > 1 or torch.version.hip or not hasattr(tl, "extra"):
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    known = hasattr(tl.extra.cuda, "gdc_wait")  # Triton 3.4 and later
+    return known and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def tf32() -> bool:
@@ -294,10 +295,18 @@ def by_rank(b: int, r: int, tokens: int, like: Tensor) -> Tensor:
     return like.new_empty((b, r, length))[:, :, :tokens]
 
 
+def _check_steps(*tensors: Tensor) -> None:
+    """The kernels trust that these come from `by_rank`: anything else would be a wild read."""
+    (_, r, _), step = tensors[0].shape, tensors[0].stride(1)
+    if any(t.stride() != (r * step, step, 1) for t in tensors) or step % STEP:
+        raise ValueError(f"strides {[t.stride() for t in tensors]}, expected those of by_rank.")
+
+
 def couple(z: Tensor, s: Tensor, w: Tensor, config: Config) -> None:
     """Writes w (b, r, T) from z (b, r, T), both of `by_rank`, and s (b, b, r) of any strides but 1
     along r: s.transpose(0, 1) gives the product with the transposed coupling."""
     b, r, tokens = z.shape
+    _check_steps(z, w)
     columns = _tile(tokens, config["tokens"])
     blocks = triton.next_power_of_2(b)
     rows = max(16, blocks)
@@ -311,6 +320,7 @@ def couple(z: Tensor, s: Tensor, w: Tensor, config: Config) -> None:
 def couple_gradient(dw: Tensor, z: Tensor, ds: Tensor, config: Config) -> None:
     """Writes ds (b, b, r) from dw and z (b, r, T), both of `by_rank`; always the same way."""
     b, r, tokens = z.shape
+    _check_steps(dw, z)
     blocks = triton.next_power_of_2(b)
     rows = max(16, blocks)
     _couple_gradient[(triton.cdiv(r, rows // blocks),)](

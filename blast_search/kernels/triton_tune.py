@@ -11,21 +11,21 @@ where a candidate is several launches.)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
-import triton
 
 from blast_search.files import write_json
+from blast_search.kernels import label
 from blast_search.latency import environment, fingerprint
 from blast_search.modes import flusher
 
@@ -57,7 +57,7 @@ def pick(
         nested: `run` makes choices of its own, so that candidates must not run side by side.
 
     Raises:
-        RuntimeError: no candidate fits the device.
+        Exception: no candidate fits the device; that of the last one.
     """
     known = (name, case, device)
     if known in _chosen:
@@ -73,8 +73,6 @@ def pick(
         choice = candidates[candidates.index(kept)]
     else:
         times = _milliseconds(run, candidates, device, nested)
-        if min(times) == math.inf:
-            raise RuntimeError(f"no config of {name} fits this device for {case}.")
         choice = candidates[times.index(min(times))]
         # Read again: another process may have added its choices meanwhile.
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,24 +86,29 @@ def chosen() -> dict[tuple[str, tuple[Hashable, ...], torch.device], Any]:
     return dict(_chosen)
 
 
-def _milliseconds(
-    run: Callable[[T], object], candidates: Sequence[T], device: torch.device, nested: bool
-) -> list[float]:
-    """The time of each candidate on the device, its caches flushed; infinite where it fails.
+def _usable(
+    run: Callable[[T], object],
+    candidates: Sequence[T],
+    nested: bool,
+    state: Callable[[], AbstractContextManager[None]],
+) -> list[bool]:
+    """Which candidates run at all; side by side, so that they are compiled side by side.
 
-    Medians of ROUNDS rounds in which all take turns: the clock of an idle device first rises.
+    Args:
+        state: entered around each run, as a thread's stream and modes are its own.
+
+    Raises:
+        Exception: that of the last candidate that failed, where all do.
     """
-    inference = torch.is_inference_mode_enabled()
     problems: list[Exception] = []
 
     def works(candidate: T) -> bool:
         try:
-            # The state of a thread is its own.
-            with torch.cuda.device(device), torch.no_grad(), torch.inference_mode(inference):
+            with state():
                 run(candidate)
         except Exception as error:
             # Too little shared memory, or a config that this version of Triton cannot compile:
-            # the other ones will do.  What the device does not recover from shows below again.
+            # the other ones will do.  What the device does not recover from shows again later.
             problems.append(error)
             return False
         return True
@@ -116,7 +119,25 @@ def _milliseconds(
         with ThreadPoolExecutor(min(len(candidates), os.cpu_count() or 1)) as pool:
             ready = list(pool.map(works, candidates))
     if not any(ready):
-        raise RuntimeError(f"no config fits this device: {problems[-1]}") from problems[-1]
+        raise problems[-1]
+    return ready
+
+
+def _milliseconds(
+    run: Callable[[T], object], candidates: Sequence[T], device: torch.device, nested: bool
+) -> list[float]:
+    """The time of each candidate on the device, its caches flushed; infinite where it fails.
+
+    Medians of ROUNDS rounds in which all take turns: the clock of an idle device first rises.
+    """
+    inference, stream = torch.is_inference_mode_enabled(), torch.cuda.current_stream(device)
+
+    @contextmanager
+    def state() -> Iterator[None]:
+        with torch.cuda.stream(stream), torch.no_grad(), torch.inference_mode(inference):
+            yield
+
+    ready = _usable(run, candidates, nested, state)
     torch.cuda.synchronize(device)
     delay = flusher("cuda-graph-cold", device, LAUNCH_CYCLES)
     spans: list[list[tuple[Any, Any]]] = [[] for _ in candidates]
@@ -143,8 +164,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @cache
 def cache_path(device: torch.device) -> Path:
-    """$XDG_CACHE_HOME/blast-search/triton-<device, versions and kernel source>.json."""
+    """$XDG_CACHE_HOME/blast-search/triton-<device and versions>-<kernel source>.json."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    source = Path(__file__).with_name("triton_kernels.py").read_bytes()
-    digest = hashlib.sha256(source + triton.__version__.encode()).hexdigest()[:8]
-    return Path(base) / "blast-search" / f"triton-{fingerprint(environment(device))}-{digest}.json"
+    source = label("triton").removeprefix("triton-")
+    return Path(base) / "blast-search" / f"triton-{fingerprint(environment(device))}-{source}.json"
