@@ -13,7 +13,8 @@ form, x += omega H^-1 (rhs - H x): rounding and ridge then slow a step down, but
 Tried on real weights and dropped: momentum across sweeps (with omega 1.3 as good as omega 1.9
 alone, but needs restarts), a second S step per sweep (at b = 16 half as much time again for a
 worse fit), omega going linearly to 0 as published (3 % worse at 30 sweeps), conjugate gradients
-for the r x r systems (no faster than Cholesky up to r = 152).
+for U's and V's systems (no faster than Cholesky up to r = 152; for the couplings, with a single
+right-hand side each, they are as good as an exact solve and faster, on GPUs many times).
 
 Letters in einsum and comments: l layer; i, j block row and column; p, q row and column in a
 block; a, c component.
@@ -38,7 +39,8 @@ CG_STEPS = 6  # for couplings: as good per sweep as the exact solve; 3 are not
 FLOOR = 1e-5  # relative squared error at which float32 sums stop telling better from worse
 STALL = 1e-5  # relative decrease per sweep that ends a fit; the SVD start is a plateau: not 1e-4
 START_SWEEPS = 8  # on the Gram's diagonal blocks, before the full Gram
-# Numbers in a temporary: within a CPU's cache; on a GPU few launches, as small ones cost the same.
+# Numbers in a temporary, where one block row leaves the choice: within a CPU's cache; on a GPU few
+# launches, as small ones cost the same.
 ROOM = {"cpu": 1 << 18, "cuda": 1 << 26}
 RACE_SWEEPS = 2  # for choosing between two starts
 

@@ -29,7 +29,7 @@ from blast_search.matrix import to_dense
 
 SWEEPS = 40  # 30 end where the published method does at b = 16, 40 are 1.5 % better
 GRID_SWEEPS = 8  # per further rank of a grid
-BATCH_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+BATCH_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}  # on a GPU at most a quarter of what is free
 
 Method = Literal["als", "precgd", "adam"]
 OnSweep = Callable[[float], None]
@@ -147,7 +147,7 @@ def factorize_many(
         ]
     full = whitening == "full" and any(_is_full(g) for g in grams)
     results: list[Factors] = []
-    room = BATCH_BYTES.get(weights[0].device.type, BATCH_BYTES["cpu"]) if weights else 0
+    room = _room(weights[0].device) if weights else 0
     size = max(1, room // _bytes(checked[0][0], num_blocks, rank, full)) if checked else 1
     for first in range(0, len(checked), size):
         part = slice(first, first + size)
@@ -321,6 +321,12 @@ def _extended(a: Tensor, gram: Tensor | None, below: Factors, rank: int) -> tupl
         for pair in ((below.U, extra.U), (below.V, extra.V), (below.S, extra.S))
     )
     return Factors(u, v, s, math.nan), basis.error(more) ** 2 * basis.total
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that a batch of fits may take."""
+    most = BATCH_BYTES.get(device.type, BATCH_BYTES["cpu"])
+    return min(most, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else most
 
 
 def _bytes(a: Tensor, b: int, rank: int, full: bool) -> int:

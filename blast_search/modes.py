@@ -81,7 +81,7 @@ def flusher(mode: str, device: torch.device, cycles: int = LAUNCH_CYCLES) -> Cal
     """
     cold = mode.endswith(COLD)
     size = 2 * _cache_bytes(device) if cold else 0
-    buffer = torch.zeros(size // 4, device=device)
+    buffer = torch.zeros(size // 4, dtype=torch.float32, device=device)
 
     def flush(name: str) -> None:
         # Read, not written: what is written has to leave the cache again, in the timed call.

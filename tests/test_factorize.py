@@ -373,3 +373,17 @@ def test_cuda_agrees_with_cpu():
         gpu = factorize(weight.cuda(), 4, 12, None if g is None else g.cuda())
         assert gpu.U.is_cuda
         assert gpu.error == pytest.approx(cpu.error, rel=1e-2)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_little_room_changes_only_the_order_of_sums(full, monkeypatch):
+    """Couplings, normal matrices and row Grams in one piece, and block row by block row."""
+    weight = torch.randn(24, 32, dtype=torch.float64)
+    x = torch.randn(200, 32, dtype=torch.float64)
+    g = x.T @ x / 200 if full else None
+    found = []
+    for room in (1 << 26, 1):
+        monkeypatch.setattr(als, "ROOM", {"cpu": room})
+        found.append(factorize(weight, 4, 5, g, 6))
+    for key in ("U", "S", "V"):
+        torch.testing.assert_close(getattr(found[0], key), getattr(found[1], key))
