@@ -11,7 +11,7 @@ over layers: the weights are nobody's, see tasks/shapes.py), and for each worklo
 plan whose score is that of uniform b = 16 at half the parameters is solved for.  Then whole
 models are timed side by side, and 20 random plans: predicted against measured.
 `factorize` times the factorisation of every matrix and compares some errors with PrecGD-300.
-Writes model.json or factorize.json to --out (default results/gpu/<device>).
+Writes model-<shapes>.json or factorize-<shapes>.json to --out (default results/gpu/<device>).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"lowrank": "#009E73", 1: "#56B4E9", 4: "#0072B2", 16: "#E69F00"}
+COLOURS = {1: "#56B4E9", 4: "#0072B2", 16: "#E69F00"}
 PLANS = {
     "uniform b = 16": "#E69F00",
     "uniform b = 4": "#0072B2",
@@ -87,16 +87,26 @@ def _model(found: dict[str, Any]) -> list[str]:
         for name, plan in part["plans"].items():
             low, high = plan["speedup_ci95"]
             rows.append((
-                workload, name, f"{plan['dense_ms']:.2f}", f"{plan['ms']:.2f}",
+                workload, name, _share(plan), f"{plan['dense_ms']:.2f}", f"{plan['ms']:.2f}",
                 f"{plan['speedup']:.2f} ({low:.2f} to {high:.2f})",
                 f"{plan['measured_ratio_layers']:.2f}", f"{plan['score']:.2f}",
                 ", ".join(f"{n} {key}" for key, n in plan["layers_by_blocks"].items()),
             ))  # fmt: skip
-    heads = ("workload", "plan", "dense ms", "ms", "times dense", "layers", "score", "choices")
+    heads = (
+        "workload",
+        "plan",
+        "parameters",
+        "dense ms",
+        "ms",
+        "times dense",
+        "layers",
+        "score",
+        "choices",
+    )
     lines += _table(heads, rows)
+    keys = ("median", "worst", "uncorrected_median", "uncorrected_worst")
     rows = [
         (workload, *(f"{part['latency_check'][key]:.1%}" for key in keys))
-        for keys in [("median", "worst", "uncorrected_median", "uncorrected_worst")]
         for workload, part in found["workloads"].items()
     ]
     lines += [
@@ -111,6 +121,11 @@ def _model(found: dict[str, Any]) -> list[str]:
         "",
     ]
     return lines
+
+
+def _share(plan: dict[str, Any]) -> str:
+    """Of the searched layers' parameters; older files do not have it."""
+    return f"{plan['parameter_ratio']:.2f}" if "parameter_ratio" in plan else "-"
 
 
 def _short(found: dict[str, Any]) -> list[str]:

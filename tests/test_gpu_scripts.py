@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,3 +85,33 @@ def test_the_plan_of_equal_score_is_never_worse_in_score_than_the_uniform_one(
     plan = gpu_model.fastest(latency, quality, limit)
     assert gpu_model.loss(quality, plan) <= limit * (1 + 1e-9)
     assert (latency.ratio(plan) or 1) < (latency.ratio(uniform) or 0)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_kept_summary_is_made_from_the_kept_figures(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import gpu_summary
+
+    kept = project / "results" / "gpu" / "nvidia-h200"
+    for path in kept.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(sys, "argv", ["gpu_summary.py", str(tmp_path)])
+    gpu_summary.main()
+    for name in ("README.md", "table.md"):
+        assert (tmp_path / name).read_text() == (kept / name).read_text()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("scripts")
+def test_the_kernels_script_runs_dry(tmp_path: Path, project: Path):
+    command = ["gpu.py", "--shapes", "tiny", "--interpret", "--out", str(tmp_path)]
+    script = [sys.executable, str(project / "benchmarks" / command[0]), *command[1:]]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "layer.json").read_text())
+    assert found["finished"]
+    assert found["interpreted"]
+    assert {(row["tokens"], row["b"]) for row in found["layers"]} == {
+        (t, b) for t in (1, 7, 70) for b in (1, 4)
+    }

@@ -133,3 +133,12 @@ def test_the_command_line_profiles_shapes(tmp_path: Path, monkeypatch: pytest.Mo
     both = CliRunner().invoke(app, ["profile", "--shapes", "gpt2", "--task", "vit"])
     assert both.exit_code != 0
     assert "exclude each other" in str(both.exception)
+
+
+def test_rotations_are_those_of_pairs_half_a_head_apart():
+    x = torch.randn(2, 3, 5, 8)
+    angles = torch.arange(7, 12)[:, None] * 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
+    a, b = x[..., :4], x[..., 4:]
+    cos, sin = angles.cos(), angles.sin()
+    exact = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+    torch.testing.assert_close(shapes.rotated(x, shapes.rotation_of(7, 5, 8, x)), exact)
