@@ -78,6 +78,8 @@ def retrain(
     losses: list[float] = []
     device = parameters[0].device
     dtype, batches = autocast_dtype(device), _endless(task, seed)
+    if device.type == "cpu" and any(p.dtype == torch.float16 for p in teacher.parameters()):
+        dtype = None  # a float16 teacher's norms refuse what bf16 autocast hands them on a CPU
     with _training(model, teacher, parameters), anywhere(model, teacher):
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps))
