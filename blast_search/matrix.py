@@ -225,9 +225,9 @@ class BlastLinear(nn.Module):
             with torch.no_grad():
                 layer.bias.copy_(bias)  # type: ignore[union-attr]
         trainable = getattr(linear, "weight").requires_grad  # noqa: B009
-        for name in ("U", "S", "V"):
-            if name in layer._parameters:
-                getattr(layer, name).requires_grad_(bool(trainable))
+        for factor in (layer.U, layer.S, layer.V):
+            if isinstance(factor, nn.Parameter):
+                factor.requires_grad_(bool(trainable))
         return layer.train(linear.training)
 
     def extra_repr(self) -> str:

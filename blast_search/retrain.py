@@ -38,10 +38,13 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(chosen.values())
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
+def autocast_dtype(device: torch.device, teacher: nn.Module) -> torch.dtype | None:
     """bf16 where the device multiplies it faster than float32, else None."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    # A float16 teacher's norms refuse what bf16 autocast hands them on a CPU.
+    if any(p.dtype == torch.float16 for p in teacher.parameters()):
+        return None
     # Without AMX, bf16 products on a CPU are emulated and slower than float32.
     amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return torch.bfloat16 if callable(amx) and amx() else None
@@ -77,9 +80,7 @@ def retrain(
         return []
     losses: list[float] = []
     device = parameters[0].device
-    dtype, batches = autocast_dtype(device), _endless(task, seed)
-    if device.type == "cpu" and any(p.dtype == torch.float16 for p in teacher.parameters()):
-        dtype = None  # a float16 teacher's norms refuse what bf16 autocast hands them on a CPU
+    dtype, batches = autocast_dtype(device, teacher), _endless(task, seed)
     with _training(model, teacher, parameters), anywhere(model, teacher):
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps))

@@ -161,6 +161,7 @@ def test_kernel_choice_is_explicit():
     assert choose(1, 64, torch.float16, "cuda", 2) == "lowrank"
     assert choose(64, 64, torch.float16, "cuda", many) == "triton"
     assert choose(65, 64, torch.float16, "cuda", many) == "torch"
+    assert choose(65, 64, torch.float16, "cuda", 1) == "torch"
     assert choose(4, 64, torch.float16, "cuda", few) == "triton"
     assert choose(4, 64, torch.float64, "cuda", few) == "torch"
     assert kernels.label("numba").startswith("numba-")

@@ -67,7 +67,8 @@ def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tok
     SMALL_TOKENS tokens on a CPU; the gradients of "small" come from "numba".  "upcast" is for
     half types that the CPU has no products for.
     """
-    if device_type == "cuda" and (tokens == 1 or 1 < num_blocks <= TRITON_BLOCKS):
+    for_triton = num_blocks <= TRITON_BLOCKS and (num_blocks > 1 or tokens == 1)
+    if device_type == "cuda" and for_triton:
         known = dtype in (torch.float32, torch.bfloat16, torch.float16)
         if known and find_spec("triton"):
             return "triton"

@@ -140,9 +140,10 @@ def _milliseconds(
     ready = _usable(run, candidates, nested, state)
     torch.cuda.synchronize(device)
     delay = flusher("cuda-graph-cold", device, LAUNCH_CYCLES)
+    fit = [i for i, fits in enumerate(ready) if fits]
     spans: list[list[tuple[Any, Any]]] = [[] for _ in candidates]
     for _ in range(ROUNDS):
-        for i in (i for i, fits in enumerate(ready) if fits):
+        for i in fit:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             delay("")
             start.record()
