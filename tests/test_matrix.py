@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from blast_search import BlastLinear, blast_matmul, kernels, product
-from blast_search.kernels import choose, composed, coupling, cpu, small, tiled
+from blast_search.kernels import choose, composed, coupling, cpu, small, tiled, vectors
 from blast_search.kernels.kept import work_space
 from blast_search.matrix import to_dense
 
@@ -71,9 +71,9 @@ def dtype(request, monkeypatch):
     """Half types twice: as on a CPU that has products for them, and as on one that has not."""
     name, _, upcast = request.param.partition(" ")
     monkeypatch.setattr(kernels, "emulated", lambda dtype: bool(upcast) and dtype.itemsize == 2)
-    choose.cache_clear()
+    kernels._choose.cache_clear()
     yield getattr(torch, name)
-    choose.cache_clear()
+    kernels._choose.cache_clear()
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -155,6 +155,7 @@ def test_kernel_choice_is_explicit():
     assert choose(1, 64, torch.float32, "cpu", few) == "small"
     assert choose(4, 64, torch.float32, "cpu", few) == "small"
     assert choose(4, 4, torch.float32, "cpu", few) == "torch"  # less than one vector
+    assert choose(4, 64, torch.float32, "cpu", 8 * torch.get_num_threads()) == "tiled"
     assert choose(64, 64, torch.float32, "cpu", few) == "torch"
     assert choose(4, 64, torch.float64, "cpu", few) == "torch"
     assert choose(1, 64, torch.float16, "cuda", 1) == "triton"
@@ -195,26 +196,35 @@ def test_strided_inputs(tokens):
             )
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["8 lanes", "16 lanes"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("m", "n", "b", "r"), KERNEL_SHAPES)
-def test_without_sgemm_the_parts_give_the_same(m, n, b, r, bias, monkeypatch):
-    """A PyTorch whose BLAS cannot be called from outside goes through composed.py."""
-    tensors = [t.float() for t in (*factors(m, n, b, r), torch.randn(m))]
-    arguments = (torch.randn(70, n), *tensors[:3], tensors[3] if bias else None)
-    with torch.inference_mode():
-        tile = blast_matmul(*arguments)
-        monkeypatch.setattr(tiled, "available", lambda: False)
-        choose.cache_clear()
-        name = choose(b, r, torch.float32, "cpu", 70)
-        assert name in ("numba", "lowrank", "torch")
-        torch.testing.assert_close(tile, blast_matmul(*arguments), rtol=1e-4, atol=1e-4)
-    choose.cache_clear()
+@pytest.mark.parametrize("tokens", [8, 9, 33, 143])
+@pytest.mark.parametrize(
+    ("m", "n", "b", "r"),
+    [(64, 64, 1, 8), (16, 600, 1, 16), (96, 40, 4, 17), (210, 70, 5, 33), (512, 32, 16, 100)],
+)
+def test_tiles_with_vectors_of_any_width(m, n, b, r, tokens, bias, wide, monkeypatch):
+    """Columns and tokens that fill no vector, panel or group; more k than one pass takes."""
+    monkeypatch.setattr(vectors, "_wide", lambda: wide)
+    u, s, v = (t.float() for t in factors(m, n, b, r))
+    x, add = torch.randn(tokens, n), torch.randn(m) if bias else None
+    found = tiled.forward(x, u, s, v, add)
+    wanted = x.double() @ block_by_block(u.double(), s.double(), v.double()).T
+    assert close(found, wanted if add is None else wanted + add, torch.float32)
+
+
+def test_what_does_not_fill_a_vector_is_not_tiled():
+    assert tiled.fits(8, 8, 8)
+    assert not tiled.fits(7, 8, 8)
+    assert not tiled.fits(8, 7, 8)
+    assert not tiled.fits(8, 8, 7)
 
 
 @pytest.mark.parametrize(("tokens", "width", "threads"), [(17, 64, 16), (512, 1152, 2), (3, 1, 1)])
 def test_tiles_share_the_tokens(tokens, width, threads):
     size = tiled.tile_size(tokens, width, threads)
-    assert tiled.MIN_SHARE <= size <= tiled.MAX_TILE
+    assert size % kernels.GROUP == 0
+    assert 0 < size <= tiled.MAX_TILE
     tiles = -(-tokens // size)
     assert tiles <= threads or tiles % threads in (0, threads - 1)
 

@@ -7,8 +7,8 @@
 latency cell's key, so a latency measured with one kernel is never used for another.
 
 "triton" (kernels/triton.py) has a forward and a backward of its own; "upcast" computes a half
-type in float32; "small" is one compiled call; the others are composed.py with one coupling step
-or another.
+type in float32; "small" and "tiled" are one compiled call; the others, and the gradients of these,
+are composed.py with one coupling step or another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ SOURCES = {
     "tiled": (
         "__init__.py",
         "kept.py",
+        "composed.py",
         "tiled.py",
+        "panels.py",
         "cpu.py",
         "steps.py",
         "vectors.py",
@@ -52,21 +54,29 @@ SOURCES = {
     ),
     "triton": ("__init__.py", "triton.py", "triton_kernels.py", "triton_tune.py"),
 }
-SOURCES["upcast"] = (*SOURCES["tiled"], "composed.py", "reference.py")
+SOURCES["upcast"] = (*SOURCES["tiled"], "reference.py")
 
-# Up to so many tokens, one compiled call for all three stages beats three PyTorch calls.
+# Up to so many tokens, "small" shares the columns among threads where "tiled" has too few tokens.
 SMALL_TOKENS = 16
+GROUP = 8  # tokens that "tiled" takes at once
 TRITON_BLOCKS = 64  # more need more accumulators than a GPU has registers
 
 
-@functools.cache
 def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tokens: int) -> str:
     """The kernel for inference in a case, a key of SOURCES.
 
-    "lowrank" (b = 1) is plain products; "small" all three stages in one call, for up to
-    SMALL_TOKENS tokens on a CPU; the gradients of "small" come from "numba".  "upcast" is for
-    half types that the CPU has no products for.
+    "lowrank" (b = 1) is plain products; "tiled" is float32 on a CPU; "small" is for a few tokens
+    and bfloat16, its gradients come from "numba"; "upcast" is for half types that the CPU has no
+    products for.
     """
+    threads = torch.get_num_threads() if device_type == "cpu" else 1
+    return _choose(num_blocks, rank, dtype, device_type, tokens, threads)
+
+
+@functools.cache
+def _choose(
+    num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tokens: int, threads: int
+) -> str:
     for_triton = num_blocks <= TRITON_BLOCKS and (num_blocks > 1 or tokens == 1)
     if device_type == "cuda" and for_triton:
         known = dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -76,12 +86,13 @@ def choose(num_blocks: int, rank: int, dtype: torch.dtype, device_type: str, tok
         from blast_search.kernels import cpu
 
         if cpu.supports(num_blocks, rank, dtype):
-            if tokens <= SMALL_TOKENS:
+            many = tokens > SMALL_TOKENS
+            if dtype == torch.float32 and (many or tokens >= GROUP * threads):
+                return "tiled"
+            if not many:
                 return "small"
             if emulated(dtype):
                 return "upcast"
-            if dtype == torch.float32 and _module("tiled").available():
-                return "tiled"
             if num_blocks > 1:
                 return "numba"
         if emulated(dtype):
@@ -146,7 +157,8 @@ def forward(
     Returns:
         y (T, m), and z (b, T, r) for `backward` if `keep`.
     """
-    if name in ("small", "tiled") and not keep:
+    whole = name == "small" or (name == "tiled" and _module("tiled").fits(len(x), *u.shape[1:]))
+    if whole and not keep:
         bias = None if bias is None else bias.contiguous()
         product = _module(name).forward
         return product(x, u.contiguous(), s.contiguous(), v.contiguous(), bias), None

@@ -11,78 +11,74 @@ from torch import Tensor
 
 from blast_search.kernels.launch import Kernel, compile_kernel, run
 from blast_search.kernels.steps import couple_step, outer_step, pack_step
-from blast_search.kernels.vectors import LANES, read, scratch, take
+from blast_search.kernels.vectors import LANES, lanes, read, scratch, take
 
 MAX_BLOCKS = 32  # code is unrolled over blocks; matrices of more blocks go through PyTorch
 TILE = 32  # tokens per piece of work
-TOKENS = 4  # with two rows: eight sums, which hide the latency of a multiply-add
+TOKENS = 4  # with two rows or more: eight sums hide the latency of a multiply-add
 COLUMNS = 4
 SERIAL_MACS = 60_000  # below this, waking threads costs more than it saves
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
-def couple_tokens(blocks: int, bf16: bool) -> Any:
-    """Compiled: w_i = sum_j s_ij * z_j for tokens first to last - 1.
-
-    Its arguments: addresses of z, s, w; the stride of z's and w's blocks; first, last; the rank.
-    """
-    pack_s, pack_z = pack_step(1, blocks, bf16), pack_step(blocks, TOKENS, bf16)
-    pack_one = pack_step(blocks, 1, bf16)
-    pair, single = (couple_step(blocks, rows, TOKENS, bf16) for rows in (2, 1))
-    one = couple_step(blocks, 1, 1, bf16)
-    couplings, inputs = scratch(blocks * blocks), scratch(blocks * TOKENS)
-    size = 2 if bf16 else 4
-    s_step = blocks * 4 * LANES
-
-    @njit  # type: ignore[untyped-decorator]
-    def part(z: int, s: int, w: int, block: int, first: int, last: int, rank: int) -> None:
-        token = rank * size
-        packed_s, packed_z = couplings(), inputs()
-        for k in range(0, rank, LANES):
-            # The last vector overlaps the one before: no scalar remainder.
-            at = min(k, rank - LANES) * size
-            for i in range(blocks):
-                pack_s((packed_s + i * s_step, s + i * blocks * token + at, token, token))
-            t = first
-            while t + TOKENS <= last:
-                here = t * token + at
-                pack_z((packed_z, z + here, block, token))
-                for i in range(0, blocks, 2):
-                    si, wi = packed_s + i * s_step, w + here + i * block
-                    if i + 1 < blocks:
-                        pair((packed_z, si, wi, block, token))
-                    else:
-                        single((packed_z, si, wi, block, token))
-                t += TOKENS
-            while t < last:
-                here = t * token + at
-                pack_one((packed_z, z + here, block, token))
-                for i in range(blocks):
-                    si, wi = packed_s + i * s_step, w + here + i * block
-                    one((packed_z, si, wi, block, token))
-                t += 1
-
-    return part
-
-
-@functools.cache
-def _couple_kernel(blocks: int, bf16: bool) -> Kernel:
+def _couple_kernel(blocks: int, bf16: bool, count: int) -> Kernel:
     """w_i = sum_j s_ij * z_j; the task holds addresses of z, s, w, and tokens, rank."""
-    part = couple_tokens(blocks, bf16)
+    pack_s = pack_step(blocks, blocks, bf16, count)
+    pack_z, pack_one = (pack_step(tokens, blocks, bf16, count) for tokens in (TOKENS, 1))
+    group, one = (couple_rows(blocks, tokens, bf16, count) for tokens in (TOKENS, 1))
+    couplings, inputs = scratch(blocks * blocks, count), scratch(blocks * TOKENS, count)
     size = 2 if bf16 else 4
 
     def kernel(task: int) -> None:
         z, s, w, tokens, rank = (
             read(task, 3), read(task, 4), read(task, 5), read(task, 6), read(task, 7),
         )  # fmt: skip
+        token = rank * size
+        block = tokens * token
+        packed_s, packed_z = couplings(), inputs()
         while True:
             first = TILE * take(task)
             if first >= tokens:
                 break
-            part(z, s, w, tokens * rank * size, first, min(tokens, first + TILE), rank)
+            last = min(tokens, first + TILE)
+            for k in range(0, rank, count):
+                # The last vector overlaps the one before: no scalar remainder.
+                at = min(k, rank - count) * size
+                pack_s((packed_s, s + at, blocks * token, token))
+                t = first
+                while t + TOKENS <= last:
+                    here = t * token + at
+                    pack_z((packed_z, z + here, token, block))
+                    group(packed_z, packed_s, w + here, block, token)
+                    t += TOKENS
+                while t < last:
+                    here = t * token + at
+                    pack_one((packed_z, z + here, token, block))
+                    one(packed_z, packed_s, w + here, block, token)
+                    t += 1
 
     return compile_kernel(kernel)
+
+
+@functools.cache
+def couple_rows(blocks: int, tokens: int, bf16: bool, count: int) -> Any:
+    """Compiled: all rows i of steps.couple_step, some at a time; the same arguments."""
+    rows = 4 if count > LANES else 2  # as many sums as the registers hold
+    step = couple_step(blocks, rows, tokens, bf16, count)
+    rest = couple_step(blocks, blocks % rows or rows, tokens, bf16, count)
+    s_row = blocks * 4 * count
+
+    @njit  # type: ignore[untyped-decorator]
+    def couple(z: int, s: int, w: int, block: int, token: int) -> None:
+        i = 0
+        while i + rows <= blocks:
+            step((z, s + i * s_row, w + i * block, block, token))
+            i += rows
+        if i < blocks:
+            rest((z, s + i * s_row, w + i * block, block, token))
+
+    return couple
 
 
 @functools.cache
@@ -148,7 +144,7 @@ def couple(z: Tensor, s: Tensor, out: Tensor | None = None) -> Tensor:
     b, tokens, r = z.shape
     w = torch.empty_like(z) if out is None else out
     if tokens:
-        kernel = _couple_kernel(b, z.dtype == torch.bfloat16)
+        kernel = _couple_kernel(b, z.dtype == torch.bfloat16, lanes(r))
         values = (z.data_ptr(), s.data_ptr(), w.data_ptr(), tokens, r)
         run(kernel, b * b * tokens * r > SERIAL_MACS, values)
     return w

@@ -23,6 +23,7 @@ from blast_search.kernels.vectors import (
     define,
     load,
     load_scalar,
+    multiply_add,
     offset,
     store,
     store_scalar,
@@ -30,11 +31,11 @@ from blast_search.kernels.vectors import (
 )
 
 
-def couple_step(blocks: int, rows: int, tokens: int, bf16: bool) -> Any:
-    """w[i, t, k] = sum_j s[i, j, k] z[j, t, k] for `rows` i, `tokens` t and LANES k.
+def couple_step(blocks: int, rows: int, tokens: int, bf16: bool, count: int = LANES) -> Any:
+    """w[i, t, k] = sum_j s[i, j, k] z[j, t, k] for `rows` i, `tokens` t and one vector of k.
 
-    The intrinsic takes a tuple: the addresses of packed float32 z (blocks, tokens, LANES) and
-    s (rows, blocks, LANES), of w[i, t, k], and the strides of w's blocks and tokens.
+    The intrinsic takes a tuple: the addresses of packed float32 z (tokens, blocks, vector) and
+    s (rows, blocks, vector), of w[i, t, k], and the strides of w's blocks and tokens.
 
     Operands are packed so that their offsets are constants: with 16 x 4 strided operands the
     addresses did not fit the registers, which halved the speed, in a loop over j as well.
@@ -44,21 +45,19 @@ def couple_step(blocks: int, rows: int, tokens: int, bf16: bool) -> Any:
         z, s, w, block, token = values
         sums: dict[tuple[int, int], Value] = {}
         for j in range(blocks):
-            factors = [_packed(builder, s, i * blocks + j) for i in range(rows)]
+            factors = [_packed(builder, s, i * blocks + j, count) for i in range(rows)]
             for t in range(tokens):
-                value = _packed(builder, z, j * tokens + t)
+                value = _packed(builder, z, t * blocks + j, count)
                 for i, factor in enumerate(factors):
-                    product = builder.fmul(factor, value, flags=("fast",))
-                    old = sums.get((i, t))
-                    sums[i, t] = builder.fadd(old, product, flags=("fast",)) if old else product
+                    sums[i, t] = multiply_add(builder, factor, value, sums.get((i, t)))
         for (i, t), value in sums.items():
             store(builder, value, offset(builder, w, (i, block), (t, token)), bf16)
 
     return define(emit)
 
 
-def pack_step(rows: int, columns: int, bf16: bool) -> Any:
-    """Copy LANES values of (rows, columns) places into a packed float32 array.
+def pack_step(rows: int, columns: int, bf16: bool, count: int = LANES) -> Any:
+    """Copy one vector from each of (rows, columns) places into a packed float32 array.
 
     The intrinsic takes a tuple: the packed address, the source's address, its two strides.
     """
@@ -67,9 +66,9 @@ def pack_step(rows: int, columns: int, bf16: bool) -> Any:
         packed, source, row, column = values
         for i in range(rows):
             for j in range(columns):
-                value = load(builder, offset(builder, source, (i, row), (j, column)), bf16)
-                place = builder.add(packed, ir.Constant(I64, 4 * LANES * (i * columns + j)))
-                store(builder, value, place, False)
+                place = offset(builder, source, (i, row), (j, column))
+                at = builder.add(packed, ir.Constant(I64, 4 * count * (i * columns + j)))
+                store(builder, load(builder, place, bf16, count), at, False)
 
     return define(emit)
 
@@ -167,8 +166,8 @@ def up_step(tokens: int, rows: int, bf16: bool) -> Any:
     return define(emit)
 
 
-def _packed(builder: Builder, base: Value, index: int) -> Value:
-    return load(builder, builder.add(base, ir.Constant(I64, 4 * LANES * index)), False)
+def _packed(builder: Builder, base: Value, index: int, count: int) -> Value:
+    return load(builder, builder.add(base, ir.Constant(I64, 4 * count * index)), False, count)
 
 
 def _products(

@@ -1,156 +1,245 @@
 """The whole BLAST product of float32 on the CPU in one call, a tile of tokens at a time.
 
 Each thread takes a tile through all three stages: z and w stay in its cache, nothing waits
-between stages, and y is written in place.  The matrix products are sgemm of the BLAS library that
-PyTorch is built with, called from compiled code.  Three PyTorch calls and what surrounds them
-(views, allocations) cost 40 us, as much as the arithmetic of a small layer.
+between stages, and y is written in place.
+
+The stages were calls of the BLAS library's sgemm before.  It takes products this small at 0.5
+to 0.9 of a dense layer's speed: it packs both operands in every call, and its tiles do not suit
+24 or 40 columns.  Here only the right operand is packed, z is left as the coupling reads it, and
+the last vector of a row overlaps the one before it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import Any
 
 import torch
-from llvmlite import ir
+from numba import njit
 from torch import Tensor
 
-from blast_search.kernels.cpu import couple_tokens
+from blast_search.kernels import GROUP
+from blast_search.kernels.cpu import TOKENS, couple_rows
 from blast_search.kernels.kept import work_space
-from blast_search.kernels.launch import Kernel, compile_kernel, libraries, run
-from blast_search.kernels.vectors import I64, copy, define, read, take
+from blast_search.kernels.launch import Kernel, compile_kernel, run
+from blast_search.kernels.panels import WIDTH, copy_step, product_step, transpose_step
+from blast_search.kernels.steps import pack_step
+from blast_search.kernels.vectors import LANES, copy, lanes, read, take
 
-# Numbers of z and w in a tile.  Measured at b = 2, 8, 16: 2^17 loses up to a tenth, 2^20 nothing
-# more, tiles of 256 tokens now and then; below 32 tokens sgemm packs its operands for too little.
-TILE_NUMBERS = 1 << 19
+# Numbers of z and w in a tile.  Measured with 2 MB of second-level cache: 2^19 loses up to a sixth
+# where b r is large (packing U for few tokens), 2^21 and tiles of 256 tokens now gain, now lose.
+TILE_NUMBERS = 1 << 20
 MIN_TILE, MAX_TILE = 32, 128
-MIN_SHARE = 8  # tokens for which a thread of its own pays
+INNER = 256  # k per pass of the first stage: a panel of 48 KB
 SERIAL_MACS = 300_000  # below this, waking threads costs more than it saves
 
 
-@functools.cache
-def available() -> bool:
-    """Whether PyTorch's own library has sgemm to call."""
-    return _sgemm_address() != 0
+def fits(tokens: int, p: int, r: int) -> bool:
+    """Whether there is a group of tokens, and a vector in a row of each factor."""
+    return tokens >= GROUP and min(p, r) >= LANES
 
 
 @functools.cache
-def _sgemm_address() -> int:
-    """Of sgemm_ (Fortran BLAS, 32-bit integers) in PyTorch's library; 0 if it has none."""
-    for library in libraries():
-        try:
-            return ctypes.cast(library.sgemm_, ctypes.c_void_p).value or 0
-        except AttributeError:
-            continue
-    return 0
+def _products(count: int) -> Any:
+    """Compiled: product_step for `rows` rows, a multiple of GROUP, and a panel of `width`."""
+    few = {1: 8, 2: 4, 3: 4}  # rows at once: sums for 16 registers
+    taken = {w: GROUP if count > LANES else few[w] for w in range(1, WIDTH + 1)}
+    one, two, three = (product_step(taken[w], w, count) for w in (1, 2, 3))
+    one_rows, two_rows, three_rows = taken[1], taken[2], taken[3]
+
+    @njit  # type: ignore[untyped-decorator]
+    def products(
+        width: int, rows: int, a: int, panel: int, c: int, start: int,
+        a_row: int, c_row: int, start_row: int, vector: int, last: int, number: int,
+    ) -> None:  # fmt: skip
+        t = 0
+        while t < rows:
+            at, to = a + t * a_row, c + t * c_row
+            begin = start + t * start_row if start else start
+            if width == 3:
+                three((at, panel, to, begin, a_row, c_row, start_row, vector, last, number))
+                t += three_rows
+            elif width == 2:
+                two((at, panel, to, begin, a_row, c_row, start_row, vector, last, number))
+                t += two_rows
+            else:
+                one((at, panel, to, begin, a_row, c_row, start_row, vector, last, number))
+                t += one_rows
+
+    return products
 
 
-def _sgemm() -> Any:
-    """A numba intrinsic: C = A B + beta C, all row-major; `transposed`: A B^T.
+@functools.cache
+def _pack_rows(count: int) -> Any:
+    """Compiled: a panel of `number` rows of a row-major matrix."""
+    one, two, three = (copy_step(width, count) for width in (1, 2, 3))
 
-    It takes a tuple: addresses of A (rows, inner), B (inner, columns), or (columns, inner) if
-    transposed, and C (rows, columns); rows, columns, inner; their row strides in numbers; whether
-    transposed; whether beta is 1 (else 0).
+    @njit  # type: ignore[untyped-decorator]
+    def pack(width: int, panel: int, source: int, row: int, last: int, number: int) -> None:
+        for k in range(number):
+            to, at = panel + k * width * count * 4, source + k * row
+            if width == 3:
+                three((to, at, last))
+            elif width == 2:
+                two((to, at, last))
+            else:
+                one((to, at, last))
+
+    return pack
+
+
+@functools.cache
+def _pack_columns(count: int) -> Any:
+    """Compiled: a panel of the transpose: `width` times `count` rows of a row-major matrix.
+
+    `last` is the first row of the last vector; `number` is at least `count`.
     """
+    transpose = transpose_step(count)
 
-    def emit(builder: Any, values: Any) -> None:
-        a, b, c, rows, columns, inner, a_row, b_row, c_row, transposed, add = values
-        i32, f32, char = ir.IntType(32), ir.FloatType(), ir.IntType(8)
+    @njit  # type: ignore[untyped-decorator]
+    def pack(width: int, panel: int, source: int, row: int, last: int, number: int) -> None:
+        panel_row = width * count * 4
+        for v in range(width):
+            at = source + (last if v == width - 1 else v * count) * row
+            for first in range(0, number, count):
+                k = min(first, number - count)
+                to = panel + k * panel_row + v * count * 4
+                transpose((at + k * 4, to, row, panel_row))
 
-        def place(kind: Any, value: Any) -> Any:
-            with builder.goto_entry_block():
-                slot = builder.alloca(kind)
-            builder.store(value, slot)
-            return slot
+    return pack
 
-        def count(value: Any) -> Any:
-            return place(i32, builder.trunc(value, i32))
 
-        def matrix(address: Any) -> Any:
-            return builder.inttoptr(address, f32.as_pointer())
-
-        zero, one = ir.Constant(f32, 0.0), ir.Constant(f32, 1.0)
-        chosen = builder.icmp_signed("!=", transposed, ir.Constant(I64, 0))
-        letter = builder.select(chosen, ir.Constant(char, ord("T")), ir.Constant(char, ord("N")))
-        beta = builder.select(builder.icmp_signed("!=", add, ir.Constant(I64, 0)), one, zero)
-        # Column-major, the product is C^T = B^T A^T: the operands change places.
-        arguments = [
-            place(char, letter), place(char, ir.Constant(char, ord("N"))),
-            count(columns), count(rows), count(inner), place(f32, one),
-            matrix(b), count(b_row), matrix(a), count(a_row), place(f32, beta),
-            matrix(c), count(c_row),
-        ]  # fmt: skip
-        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-        target = builder.inttoptr(ir.Constant(I64, _sgemm_address()), kind.as_pointer())
-        builder.call(target, arguments)
-
-    return define(emit)
+@njit  # type: ignore[untyped-decorator]
+def _panel_width(left: int) -> int:
+    """Vectors of the next panel where so many are left: three, but four are two and two."""
+    return 3 if left == 3 or left > 4 else min(left, 2)
 
 
 @functools.cache
-def _kernel(blocks: int) -> Kernel:
+def _kernel(blocks: int, count: int) -> Kernel:
     """The task holds: addresses of x, u, s, v, bias (0: none), y and the work space; tokens, p,
-    q, r, the stride of x, tokens per tile.
+    q, r, the stride of x, tokens per tile (whole groups), bytes of work space per thread.
+
+    A thread's work space holds z (vector of r, token, block, lanes), w (block, token, r), packed
+    couplings, a spare group of x and of y, and a panel.  Tokens that do not fill the last group go
+    through the spare one.
     """
-    sgemm, couple = _sgemm(), couple_tokens(blocks, False)
+    products, pack_rows, pack_columns = _products(count), _pack_rows(count), _pack_columns(count)
+    pack_s = pack_step(blocks, blocks, False, count)
+    couple = couple_rows(blocks, TOKENS, False, count)
+    size = 4 * count
 
     def kernel(task: int) -> None:
         x, u, s, v, bias = (
             read(task, 3), read(task, 4), read(task, 5), read(task, 6), read(task, 7),
         )  # fmt: skip
         y, space, tokens = read(task, 8), read(task, 9), read(task, 10)
-        p, q, r, x_row, tile = (
-            read(task, 11), read(task, 12), read(task, 13), read(task, 14), read(task, 15),
-        )  # fmt: skip
-        m = blocks * p
-        size = blocks * tile * r * 4
-        z = space + 2 * size * take(task + 8)
-        w = z + size
+        p, q, r, x_row = read(task, 11), read(task, 12), read(task, 13), read(task, 14) * 4
+        tile, share = read(task, 15), read(task, 16)
+        n_row, m_row, r_row = blocks * q * 4, blocks * p * 4, r * 4
+        z_token, w_block = blocks * size, tile * r_row
+        z_vector, vectors = tile * z_token, (r + count - 1) // count
+        z = space + share * take(task + 8)
+        w = z + vectors * z_vector
+        packed_s = w + blocks * w_block
+        spare_x = packed_s + blocks * z_token
+        spare_y = spare_x + GROUP * n_row
+        panel = spare_y + GROUP * m_row
         while True:
             first = tile * take(task)
             if first >= tokens:
                 break
             rows = min(tile, tokens - first)
-            xt, yt = x + first * x_row * 4, y + first * m * 4
+            full = rows // GROUP * GROUP
+            rest = rows - full
+            groups = full + GROUP if rest else full
+            xt, yt = x + first * x_row, y + first * m_row
+            for t in range(rest):
+                copy(spare_x + t * n_row, xt + (full + t) * x_row, n_row)
             for j in range(blocks):
-                sgemm((xt + j * q * 4, v + j * q * r * 4, z + j * rows * r * 4,
-                       rows, r, q, x_row, r, r, 0, 0))  # fmt: skip
-            couple(z, s, w, rows * r * 4, 0, rows, r)
-            if bias:
-                for row in range(rows):
-                    copy(yt + row * m * 4, bias, m * 4)
-            add = 1 if bias else 0
+                vj = v + j * q * r_row
+                k = 0
+                while k < vectors:
+                    width = _panel_width(vectors - k)
+                    begin = min(k * count, r - count)
+                    last = min((k + width) * count, r) - count - begin
+                    z_last = (width - 1) * z_vector
+                    zk = z + k * z_vector + j * size
+                    zr = zk + full * z_token
+                    for c in range(0, q, INNER):
+                        number, at = min(INNER, q - c), (j * q + c) * 4
+                        source = vj + c * r_row + begin * 4
+                        pack_rows(width, panel, source, r_row, last * 4, number)
+                        products(
+                            width, full, xt + at, panel, zk, zk if c else 0,
+                            x_row, z_token, z_token, z_vector, z_last, number,
+                        )  # fmt: skip
+                        if rest:
+                            products(
+                                width, GROUP, spare_x + at, panel, zr, zr if c else 0,
+                                n_row, z_token, z_token, z_vector, z_last, number,
+                            )  # fmt: skip
+                    k += width
+            for k in range(vectors):
+                at = min(k * count, r - count) * 4
+                pack_s((packed_s, s + at, blocks * r_row, r_row))
+                for t in range(0, groups, TOKENS):
+                    zt = z + k * z_vector + t * z_token
+                    couple(zt, packed_s, w + t * r_row + at, w_block, r_row)
             for i in range(blocks):
-                sgemm((w + i * rows * r * 4, u + i * p * r * 4, yt + i * p * 4,
-                       rows, p, r, r, r, m, 1, add))  # fmt: skip
+                wi, ui = w + i * w_block, u + i * p * r_row
+                k, columns = 0, (p + count - 1) // count
+                while k < columns:
+                    width = _panel_width(columns - k)
+                    begin = min(k * count, p - count)
+                    last = min((k + width) * count, p) - count - begin
+                    pack_columns(width, panel, ui + begin * r_row, r_row, last, r)
+                    at = (i * p + begin) * 4
+                    add = bias + at if bias else bias
+                    products(
+                        width, full, wi, panel, yt + at, add,
+                        r_row, m_row, 0, size, last * 4, r,
+                    )  # fmt: skip
+                    if rest:
+                        products(
+                            width, GROUP, wi + full * r_row, panel, spare_y + at, add,
+                            r_row, m_row, 0, size, last * 4, r,
+                        )  # fmt: skip
+                    k += width
+            for t in range(rest):
+                copy(yt + (full + t) * m_row, spare_y + t * m_row, m_row)
 
     return compile_kernel(kernel)
 
 
 def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x A^T + bias; x (T, n) with unit inner stride; returns (T, m).  All float32."""
+    """y = x A^T + bias; x (T, n) with unit inner stride; returns (T, m).
+
+    All float32, factors and bias contiguous, of sizes that `fits`.
+    """
     b, p, r = u.shape
     tokens, n = x.shape
-    if x.stride(0) < n:  # rows that overlap (expanded, or windows): BLAS would refuse them
-        x = x.contiguous()
     y = x.new_empty(tokens, b * p)
+    count = lanes(p, r)
     parallel = tokens * r * (n + b * p + b * b) > SERIAL_MACS
     threads = torch.get_num_threads() if parallel else 1
     tile = tile_size(tokens, b * r, threads)
-    space = work_space(threads * 2 * b * r * tile).data_ptr()
+    share = -(-r // count) * tile * b * count + b * tile * r + b * b * count
+    share += GROUP * (n + b * p) + WIDTH * count * max(r, INNER)
+    share += 16  # a cache line: threads share none
+    space = work_space(threads * share).data_ptr()
     values = (
         x.data_ptr(), u.data_ptr(), s.data_ptr(), v.data_ptr(),
         0 if bias is None else bias.data_ptr(), y.data_ptr(), space,
-        tokens, p, n // b, r, x.stride(0), tile,
+        tokens, p, n // b, r, x.stride(0), tile, 4 * share,
     )  # fmt: skip
-    run(_kernel(b), parallel, values)
+    run(_kernel(b, count), parallel, values)
     return y
 
 
 @functools.cache
 def tile_size(tokens: int, width: int, threads: int) -> int:
-    """Tokens per tile: as few tiles as the cache allows, and as many for every thread."""
+    """Tokens per tile, in whole groups: as few tiles as the cache allows, as many per thread."""
     most = min(MAX_TILE, max(MIN_TILE, TILE_NUMBERS // (2 * width)))
     rounds = -(-tokens // (threads * most))
-    return max(MIN_SHARE, -(-tokens // (threads * rounds)))
+    return -(-tokens // (threads * rounds * GROUP)) * GROUP

@@ -1,14 +1,16 @@
 """Vector code for numba, written as LLVM instructions: values in registers and in memory.
 
-Addresses and strides are bytes in int64.
+Addresses and strides are bytes in int64.  A vector has LANES floats unless another number is
+given; `lanes` gives the best one.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -17,61 +19,82 @@ LANES = 8  # floats per vector: one AVX register, two NEON ones, half an AVX-512
 I64 = ir.IntType(64)
 F32S = ir.VectorType(ir.FloatType(), LANES)
 I32S = ir.VectorType(ir.IntType(32), LANES)
-I16S = ir.VectorType(ir.IntType(16), LANES)
 
 Builder = Any  # llvmlite.ir.IRBuilder
 Value = Any  # llvmlite.ir.Value
+
+
+@functools.cache
+def _wide() -> bool:
+    try:
+        return bool(binding.get_host_cpu_features().get("avx512f"))
+    except RuntimeError:  # LLVM cannot ask this kind of CPU
+        return False
+
+
+def lanes(*sizes: int) -> int:
+    """Floats per vector for rows of these sizes: a whole AVX-512 register, or LANES.
+
+    The last vector of a row overlaps the one before it, so that no row may be shorter than one.
+    """
+    return 2 * LANES if _wide() and min(sizes) >= 2 * LANES else LANES
+
+
+def floats(count: int) -> ir.VectorType:
+    return ir.VectorType(ir.FloatType(), count)
 
 
 def _pointer(builder: Builder, address: Value, kind: ir.Type) -> Value:
     return builder.inttoptr(address, kind.as_pointer())
 
 
-def _splat(builder: Builder, value: int) -> Value:
-    return ir.Constant(I32S, [value] * LANES)
+def _splat(count: int, value: int) -> Value:
+    return ir.Constant(ir.VectorType(ir.IntType(32), count), [value] * count)
 
 
-def load(builder: Builder, address: Value, bf16: bool) -> Value:
-    """LANES values as float32; bfloat16 is the upper half of a float32."""
+def load(builder: Builder, address: Value, bf16: bool, count: int = LANES) -> Value:
+    """`count` values as float32; bfloat16 is the upper half of a float32."""
     if not bf16:
-        return builder.load(_pointer(builder, address, F32S), align=4)
-    raw = builder.zext(builder.load(_pointer(builder, address, I16S), align=2), I32S)
-    return builder.bitcast(builder.shl(raw, _splat(builder, 16)), F32S)
+        return builder.load(_pointer(builder, address, floats(count)), align=4)
+    halves = ir.VectorType(ir.IntType(16), count)
+    raw = builder.load(_pointer(builder, address, halves), align=2)
+    bits = builder.zext(raw, ir.VectorType(ir.IntType(32), count))
+    return builder.bitcast(builder.shl(bits, _splat(count, 16)), floats(count))
 
 
 def store(builder: Builder, value: Value, address: Value, bf16: bool) -> None:
-    """LANES values, rounded to nearest even where they are kept as bfloat16."""
+    """A vector, rounded to nearest even where it is kept as bfloat16."""
     if not bf16:
-        builder.store(value, _pointer(builder, address, F32S), align=4)
+        builder.store(value, _pointer(builder, address, value.type), align=4)
         return
     half = _rounded(builder, value)
-    builder.store(half, _pointer(builder, address, I16S), align=2)
+    builder.store(half, _pointer(builder, address, half.type), align=2)
 
 
 def _rounded(builder: Builder, value: Value) -> Value:
     """float32 lanes as bfloat16 bits."""
-    bits = builder.bitcast(value, I32S)
-    odd = builder.and_(builder.lshr(bits, _splat(builder, 16)), _splat(builder, 1))
-    rounded = builder.add(builder.add(bits, odd), _splat(builder, 0x7FFF))
+    count = value.type.count
+    bits = builder.bitcast(value, ir.VectorType(ir.IntType(32), count))
+    odd = builder.and_(builder.lshr(bits, _splat(count, 16)), _splat(count, 1))
+    rounded = builder.add(builder.add(bits, odd), _splat(count, 0x7FFF))
     nan = builder.fcmp_unordered("uno", value, value)
-    bits = builder.select(nan, _splat(builder, 0x7FC00000), rounded)
-    return builder.trunc(builder.lshr(bits, _splat(builder, 16)), I16S)
+    bits = builder.select(nan, _splat(count, 0x7FC00000), rounded)
+    return builder.trunc(
+        builder.lshr(bits, _splat(count, 16)), ir.VectorType(ir.IntType(16), count)
+    )
 
 
-def load_scalar(builder: Builder, address: Value, bf16: bool) -> Value:
-    """One value as float32 in all lanes."""
+def load_scalar(builder: Builder, address: Value, bf16: bool, count: int = LANES) -> Value:
+    """One value as float32 in all `count` lanes."""
     if bf16:
         raw = builder.load(_pointer(builder, address, ir.IntType(16)), align=2)
         bits = builder.shl(builder.zext(raw, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         value = builder.bitcast(bits, ir.FloatType())
     else:
         value = builder.load(_pointer(builder, address, ir.FloatType()), align=4)
-    one = builder.insert_element(
-        ir.Constant(F32S, ir.Undefined), value, ir.Constant(ir.IntType(32), 0)
-    )
-    return builder.shuffle_vector(
-        one, ir.Constant(F32S, ir.Undefined), ir.Constant(I32S, [0] * LANES)
-    )
+    undefined = ir.Constant(floats(count), ir.Undefined)
+    one = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, undefined, _splat(count, 0))
 
 
 def sum_lanes(builder: Builder, value: Value) -> Value:
@@ -119,13 +142,19 @@ def define(emit: Callable[[Builder, Sequence[Value]], None]) -> Any:
     return generated
 
 
-def scratch(vectors: int) -> Any:
+def multiply_add(builder: Builder, x: Value, y: Value, total: Value | None) -> Value:
+    """total + x y, rounded once where the CPU can; x y if there is no total yet."""
+    product = builder.fmul(x, y, flags=("fast",))
+    return product if total is None else builder.fadd(total, product, flags=("fast",))
+
+
+def scratch(vectors: int, count: int = LANES) -> Any:
     """The address of `vectors` float32 vectors on the stack of the calling kernel."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def generated(typingctx: Any) -> Any:
         def codegen(context: Any, builder: Builder, signature: Any, values: Any) -> Value:
-            place = cgutils.alloca_once(builder, ir.ArrayType(F32S, vectors))
+            place = cgutils.alloca_once(builder, ir.ArrayType(floats(count), vectors))
             place.align = 64
             return builder.ptrtoint(place, I64)
 

@@ -1,0 +1,129 @@
+"""The inner steps of the tiled kernel: a small matrix product and what arranges its operands.
+
+A panel is some columns of the right operand, one to WIDTH vectors wide, packed row by row: it
+stays in the first-level cache while all rows of the left operand pass by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+
+from blast_search.kernels.vectors import (
+    I64,
+    Builder,
+    Value,
+    define,
+    floats,
+    load,
+    load_scalar,
+    multiply_add,
+    offset,
+    store,
+)
+
+WIDTH = 3  # vectors; with 8 rows 24 sums, of 32 registers
+
+
+def product_step(rows: int, width: int, count: int) -> Any:
+    """c[t, v] = start[t, v] + sum_k a[t, k] panel[k, v] for `rows` t and `width` vectors v.
+
+    The intrinsic takes a tuple: addresses of a, the panel, c and start (0: zeros); strides of the
+    rows of a, c and start; the offset of c's second vector and that of its last one (start's are
+    the same); the number of k, at least 1.
+    """
+
+    def emit(builder: Builder, values: Sequence[Value]) -> None:
+        a, panel, c, start, a_row, c_row, start_row, vector, last, number = values
+
+        def place(base: Value, row: Value, t: int, v: int) -> Value:
+            at = offset(builder, base, (t, row))
+            return builder.add(at, last) if v == width - 1 else offset(builder, at, (v, vector))
+
+        given = builder.icmp_signed("!=", start, ir.Constant(I64, 0))
+        zero = ir.Constant(floats(count), [0.0] * count)
+
+        def first(t: int, v: int) -> Value:
+            # Where nothing is given, anything readable is read and not used.
+            at = builder.select(given, place(start, start_row, t, v), panel)
+            return builder.select(given, load(builder, at, False, count), zero)
+
+        places = [(t, v) for t in range(rows) for v in range(width)]
+        starts = {at: first(*at) for at in places}
+        before = builder.block
+        loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        left, at_a, at_panel = (builder.phi(I64) for _ in range(3))
+        sums = {at: builder.phi(floats(count)) for at in places}
+        steps = [builder.add(at_panel, ir.Constant(I64, 4 * count * v)) for v in range(width)]
+        right = [load(builder, step, False, count) for step in steps]
+        totals = {}
+        for t in range(rows):
+            value = load_scalar(builder, offset(builder, at_a, (t, a_row)), False, count)
+            for v in range(width):
+                totals[t, v] = multiply_add(builder, value, right[v], sums[t, v])
+        following = builder.sub(left, ir.Constant(I64, 1))
+        moves = (
+            (left, number, following),
+            (at_a, a, builder.add(at_a, ir.Constant(I64, 4))),
+            (at_panel, panel, builder.add(at_panel, ir.Constant(I64, 4 * count * width))),
+            *((sums[at], starts[at], totals[at]) for at in places),
+        )
+        for phi, initial, later in moves:
+            phi.add_incoming(initial, before)
+            phi.add_incoming(later, loop)
+        builder.cbranch(builder.icmp_signed(">", following, ir.Constant(I64, 0)), loop, done)
+        builder.position_at_end(done)
+        for t, v in places:
+            store(builder, totals[t, v], place(c, c_row, t, v), False)
+
+    return define(emit)
+
+
+def copy_step(width: int, count: int) -> Any:
+    """One row of a panel from `width` vectors in memory.
+
+    The intrinsic takes a tuple: the addresses of the row and of the source, the offset of the
+    source's last vector (the others follow one another).
+    """
+
+    def emit(builder: Builder, values: Sequence[Value]) -> None:
+        row, source, last = values
+        for v in range(width):
+            step = ir.Constant(I64, 4 * count * v)
+            at = builder.add(source, last if v == width - 1 else step)
+            store(builder, load(builder, at, False, count), builder.add(row, step), False)
+
+    return define(emit)
+
+
+def transpose_step(count: int) -> Any:
+    """target[k, i] = source[i, k] for `count` i and k; `count` is a power of two.
+
+    The intrinsic takes a tuple: the addresses of source and target, the strides of their rows.
+    """
+
+    def emit(builder: Builder, values: Sequence[Value]) -> None:
+        source, target, source_row, target_row = values
+        rows = [
+            load(builder, offset(builder, source, (i, source_row)), False, count)
+            for i in range(count)
+        ]
+        indices = ir.VectorType(ir.IntType(32), count)
+        step = 1
+        while step < count:  # exchange the off-diagonal parts of 2 step x 2 step squares
+            low = [k + count - step if k & step else k for k in range(count)]
+            high = [k + count if k & step else k + step for k in range(count)]
+            for i in range(count):
+                if not i & step:
+                    x, y = rows[i], rows[i + step]
+                    rows[i] = builder.shuffle_vector(x, y, ir.Constant(indices, low))
+                    rows[i + step] = builder.shuffle_vector(x, y, ir.Constant(indices, high))
+            step *= 2
+        for i, row in enumerate(rows):
+            store(builder, row, offset(builder, target, (i, target_row)), False)
+
+    return define(emit)
