@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blast_search.kernels.launch import Kernel, compile_kernel, run
 from blast_search.kernels.steps import couple_step, outer_step, pack_step
-from blast_search.kernels.vectors import LANES, lanes, read, scratch, take
+from blast_search.kernels.vectors import LANES, best_lanes, read, scratch, take
 
 MAX_BLOCKS = 32  # code is unrolled over blocks; matrices of more blocks go through PyTorch
 TILE = 32  # tokens per piece of work
@@ -22,12 +22,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
-def _couple_kernel(blocks: int, bf16: bool, count: int) -> Kernel:
+def _couple_kernel(blocks: int, bf16: bool, lanes: int) -> Kernel:
     """w_i = sum_j s_ij * z_j; the task holds addresses of z, s, w, and tokens, rank."""
-    pack_s = pack_step(blocks, blocks, bf16, count)
-    pack_z, pack_one = (pack_step(tokens, blocks, bf16, count) for tokens in (TOKENS, 1))
-    group, one = (couple_rows(blocks, tokens, bf16, count) for tokens in (TOKENS, 1))
-    couplings, inputs = scratch(blocks * blocks, count), scratch(blocks * TOKENS, count)
+    pack_s = pack_step(blocks, blocks, bf16, lanes)
+    pack_z, pack_one = (pack_step(tokens, blocks, bf16, lanes) for tokens in (TOKENS, 1))
+    group, one = (couple_rows(blocks, tokens, bf16, lanes) for tokens in (TOKENS, 1))
+    couplings, inputs = scratch(blocks * blocks, lanes), scratch(blocks * TOKENS, lanes)
     size = 2 if bf16 else 4
 
     def kernel(task: int) -> None:
@@ -42,9 +42,9 @@ def _couple_kernel(blocks: int, bf16: bool, count: int) -> Kernel:
             if first >= tokens:
                 break
             last = min(tokens, first + TILE)
-            for k in range(0, rank, count):
+            for k in range(0, rank, lanes):
                 # The last vector overlaps the one before: no scalar remainder.
-                at = min(k, rank - count) * size
+                at = min(k, rank - lanes) * size
                 pack_s((packed_s, s + at, blocks * token, token))
                 t = first
                 while t + TOKENS <= last:
@@ -62,12 +62,12 @@ def _couple_kernel(blocks: int, bf16: bool, count: int) -> Kernel:
 
 
 @functools.cache
-def couple_rows(blocks: int, tokens: int, bf16: bool, count: int) -> Any:
+def couple_rows(blocks: int, tokens: int, bf16: bool, lanes: int) -> Any:
     """Compiled: all rows i of steps.couple_step, some at a time; the same arguments."""
-    rows = 4 if count > LANES else 2  # as many sums as the registers hold
-    step = couple_step(blocks, rows, tokens, bf16, count)
-    rest = couple_step(blocks, blocks % rows or rows, tokens, bf16, count)
-    s_row = blocks * 4 * count
+    rows = 4 if lanes > LANES else 2  # as many sums as the registers hold
+    step = couple_step(blocks, rows, tokens, bf16, lanes)
+    rest = couple_step(blocks, blocks % rows or rows, tokens, bf16, lanes)
+    s_row = blocks * 4 * lanes
 
     @njit  # type: ignore[untyped-decorator]
     def couple(z: int, s: int, w: int, block: int, token: int) -> None:
@@ -144,7 +144,7 @@ def couple(z: Tensor, s: Tensor, out: Tensor | None = None) -> Tensor:
     b, tokens, r = z.shape
     w = torch.empty_like(z) if out is None else out
     if tokens:
-        kernel = _couple_kernel(b, z.dtype == torch.bfloat16, lanes(r))
+        kernel = _couple_kernel(b, z.dtype == torch.bfloat16, best_lanes(r))
         values = (z.data_ptr(), s.data_ptr(), w.data_ptr(), tokens, r)
         run(kernel, b * b * tokens * r > SERIAL_MACS, values)
     return w

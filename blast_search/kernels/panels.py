@@ -27,7 +27,7 @@ from blast_search.kernels.vectors import (
 WIDTH = 3  # vectors; with 8 rows 24 sums, of 32 registers
 
 
-def product_step(rows: int, width: int, count: int) -> Any:
+def product_step(rows: int, width: int, lanes: int) -> Any:
     """c[t, v] = start[t, v] + sum_k a[t, k] panel[k, v] for `rows` t and `width` vectors v.
 
     The intrinsic takes a tuple: addresses of a, the panel, c and start (0: zeros); strides of the
@@ -43,12 +43,12 @@ def product_step(rows: int, width: int, count: int) -> Any:
             return builder.add(at, last) if v == width - 1 else offset(builder, at, (v, vector))
 
         given = builder.icmp_signed("!=", start, ir.Constant(I64, 0))
-        zero = ir.Constant(floats(count), [0.0] * count)
+        zero = ir.Constant(floats(lanes), [0.0] * lanes)
 
         def first(t: int, v: int) -> Value:
             # Where nothing is given, anything readable is read and not used.
             at = builder.select(given, place(start, start_row, t, v), panel)
-            return builder.select(given, load(builder, at, False, count), zero)
+            return builder.select(given, load(builder, at, False, lanes), zero)
 
         places = [(t, v) for t in range(rows) for v in range(width)]
         starts = {at: first(*at) for at in places}
@@ -57,19 +57,19 @@ def product_step(rows: int, width: int, count: int) -> Any:
         builder.branch(loop)
         builder.position_at_end(loop)
         left, at_a, at_panel = (builder.phi(I64) for _ in range(3))
-        sums = {at: builder.phi(floats(count)) for at in places}
-        steps = [builder.add(at_panel, ir.Constant(I64, 4 * count * v)) for v in range(width)]
-        right = [load(builder, step, False, count) for step in steps]
+        sums = {at: builder.phi(floats(lanes)) for at in places}
+        steps = [builder.add(at_panel, ir.Constant(I64, 4 * lanes * v)) for v in range(width)]
+        right = [load(builder, step, False, lanes) for step in steps]
         totals = {}
         for t in range(rows):
-            value = load_scalar(builder, offset(builder, at_a, (t, a_row)), False, count)
+            value = load_scalar(builder, offset(builder, at_a, (t, a_row)), False, lanes)
             for v in range(width):
                 totals[t, v] = multiply_add(builder, value, right[v], sums[t, v])
         following = builder.sub(left, ir.Constant(I64, 1))
         moves = (
             (left, number, following),
             (at_a, a, builder.add(at_a, ir.Constant(I64, 4))),
-            (at_panel, panel, builder.add(at_panel, ir.Constant(I64, 4 * count * width))),
+            (at_panel, panel, builder.add(at_panel, ir.Constant(I64, 4 * lanes * width))),
             *((sums[at], starts[at], totals[at]) for at in places),
         )
         for phi, initial, later in moves:
@@ -83,7 +83,7 @@ def product_step(rows: int, width: int, count: int) -> Any:
     return define(emit)
 
 
-def copy_step(width: int, count: int) -> Any:
+def copy_step(width: int, lanes: int) -> Any:
     """One row of a panel from `width` vectors in memory.
 
     The intrinsic takes a tuple: the addresses of the row and of the source, the offset of the
@@ -93,15 +93,15 @@ def copy_step(width: int, count: int) -> Any:
     def emit(builder: Builder, values: Sequence[Value]) -> None:
         row, source, last = values
         for v in range(width):
-            step = ir.Constant(I64, 4 * count * v)
+            step = ir.Constant(I64, 4 * lanes * v)
             at = builder.add(source, last if v == width - 1 else step)
-            store(builder, load(builder, at, False, count), builder.add(row, step), False)
+            store(builder, load(builder, at, False, lanes), builder.add(row, step), False)
 
     return define(emit)
 
 
-def transpose_step(count: int) -> Any:
-    """target[k, i] = source[i, k] for `count` i and k; `count` is a power of two.
+def transpose_step(lanes: int) -> Any:
+    """target[k, i] = source[i, k] for `lanes` i and k; `lanes` is a power of two.
 
     The intrinsic takes a tuple: the addresses of source and target, the strides of their rows.
     """
@@ -109,15 +109,15 @@ def transpose_step(count: int) -> Any:
     def emit(builder: Builder, values: Sequence[Value]) -> None:
         source, target, source_row, target_row = values
         rows = [
-            load(builder, offset(builder, source, (i, source_row)), False, count)
-            for i in range(count)
+            load(builder, offset(builder, source, (i, source_row)), False, lanes)
+            for i in range(lanes)
         ]
-        indices = ir.VectorType(ir.IntType(32), count)
+        indices = ir.VectorType(ir.IntType(32), lanes)
         step = 1
-        while step < count:  # exchange the off-diagonal parts of 2 step x 2 step squares
-            low = [k + count - step if k & step else k for k in range(count)]
-            high = [k + count if k & step else k + step for k in range(count)]
-            for i in range(count):
+        while step < lanes:  # exchange the off-diagonal parts of 2 step x 2 step squares
+            low = [k + lanes - step if k & step else k for k in range(lanes)]
+            high = [k + lanes if k & step else k + step for k in range(lanes)]
+            for i in range(lanes):
                 if not i & step:
                     x, y = rows[i], rows[i + step]
                     rows[i] = builder.shuffle_vector(x, y, ir.Constant(indices, low))

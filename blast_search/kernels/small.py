@@ -15,26 +15,28 @@ from torch import Tensor
 from blast_search.kernels.kept import work_space
 from blast_search.kernels.launch import Kernel, compile_kernel, run
 from blast_search.kernels.steps import couple_step, down_step, pack_step, up_step
-from blast_search.kernels.vectors import LANES, put_zero, read, scratch, take
+from blast_search.kernels.vectors import best_lanes, put_zero, read, scratch, take
 
 DOWN, COUPLE, UP = 1, 2, 4  # stages
-SERIAL_MACS = 300_000  # below this, three wake-ups of the threads cost more than they save
+SERIAL_MACS = (
+    60_000  # per lane; below this, three wake-ups of the threads cost more than they save
+)
 WIDE = 4  # vectors of z per piece of work
 ROWS = 64  # output rows per piece of work
 
 
 @functools.cache
-def _kernel(blocks: int, bf16: bool) -> Kernel:
+def _kernel(blocks: int, bf16: bool, lanes: int) -> Kernel:
     """The task holds: stages to run (bits); addresses of x, u, s, v, bias (0: none), z, w, y;
     tokens, p, q, r, and the stride of x.
     """
-    down_wide, down_one = down_step(1, WIDE, bf16), down_step(1, 1, bf16)
-    down_pair, down_pair_one = down_step(2, WIDE, bf16), down_step(2, 1, bf16)
-    up_wide, up_one = up_step(1, 8, bf16), up_step(1, 1, bf16)
-    up_pair, up_pair_one = up_step(2, 4, bf16), up_step(2, 1, bf16)
-    pack_s, pack_z = pack_step(1, blocks, bf16), pack_step(blocks, 1, False)
-    couple = couple_step(blocks, 1, 1, False)
-    couplings, inputs = scratch(blocks * blocks), scratch(blocks)
+    down_wide, down_one = (down_step(1, vectors, bf16, lanes) for vectors in (WIDE, 1))
+    down_pair, down_pair_one = (down_step(2, vectors, bf16, lanes) for vectors in (WIDE, 1))
+    up_wide, up_one = (up_step(1, rows, bf16, lanes) for rows in (8, 1))
+    up_pair, up_pair_one = (up_step(2, rows, bf16, lanes) for rows in (4, 1))
+    pack_s, pack_z = pack_step(1, blocks, bf16, lanes), pack_step(blocks, 1, False, lanes)
+    couple = couple_step(blocks, 1, 1, False, lanes)
+    couplings, inputs = scratch(blocks * blocks, lanes), scratch(blocks, lanes)
     size = 2 if bf16 else 4
 
     def kernel(task: int) -> None:
@@ -42,12 +44,12 @@ def _kernel(blocks: int, bf16: bool) -> Kernel:
         v, bias, z, w = read(task, 7), read(task, 8), read(task, 9), read(task, 10)
         y, tokens, p, q = read(task, 11), read(task, 12), read(task, 13), read(task, 14)
         r, x_stride = read(task, 15), read(task, 16) * size
-        vectors = (r + LANES - 1) // LANES
-        v_row, z_token, w_token = r * size, r * 4, vectors * LANES * 4
+        vectors = (r + lanes - 1) // lanes
+        v_row, z_token, w_token = r * size, r * 4, vectors * lanes * 4
         z_block, w_block = tokens * z_token, tokens * w_token
         y_token = blocks * p * size
         chunks = (vectors + WIDE - 1) // WIDE
-        wide = r >= WIDE * LANES
+        wide = r >= WIDE * lanes
         if stages & DOWN:
             while True:
                 index = take(task)
@@ -58,7 +60,7 @@ def _kernel(blocks: int, bf16: bool) -> Kernel:
                 for t in range(0, tokens, 2):
                     xt, zt = xj + t * x_stride, zj + t * z_token
                     if wide:
-                        k = min(chunk * WIDE * LANES, r - WIDE * LANES)
+                        k = min(chunk * WIDE * lanes, r - WIDE * lanes)
                         place = (xt, vj + k * size, zt + k * 4, x_stride, v_row, z_token, q)
                         if t + 1 < tokens:
                             down_pair(place)
@@ -66,7 +68,7 @@ def _kernel(blocks: int, bf16: bool) -> Kernel:
                             down_wide(place)
                     else:
                         for i in range(vectors):
-                            k = min(i * LANES, r - LANES)
+                            k = min(i * lanes, r - lanes)
                             place = (xt, vj + k * size, zt + k * 4, x_stride, v_row, z_token, q)
                             if t + 1 < tokens:
                                 down_pair_one(place)
@@ -78,21 +80,21 @@ def _kernel(blocks: int, bf16: bool) -> Kernel:
                 index = take(task + 8)
                 if index >= vectors:
                     break
-                k = min(index * LANES, r - LANES)
+                k = min(index * lanes, r - lanes)
                 for i in range(blocks):
                     row = s + i * blocks * v_row + k * size
-                    pack_s((packed_s + i * blocks * LANES * 4, row, v_row, v_row))
+                    pack_s((packed_s + i * blocks * lanes * 4, row, v_row, v_row))
                 for t in range(tokens):
                     pack_z((packed_z, z + t * z_token + k * 4, z_block, z_token))
                     for i in range(blocks):
-                        at = w + i * w_block + t * w_token + index * LANES * 4
-                        si = packed_s + i * blocks * LANES * 4
+                        at = w + i * w_block + t * w_token + index * lanes * 4
+                        si = packed_s + i * blocks * lanes * 4
                         couple((packed_z, si, at, w_block, w_token))
-                        for lane in range(index * LANES - k):
+                        for lane in range(index * lanes - k):
                             put_zero(at + lane * 4)
         if stages & UP:
             tasks = (p + ROWS - 1) // ROWS
-            last = (r - LANES) * size
+            last = (r - lanes) * size
             while True:
                 index = take(task + 16)
                 if index >= blocks * tasks:
@@ -136,15 +138,17 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> 
     y = x.new_empty(tokens, b * p)
     if not tokens:
         return y
-    padded = (r + LANES - 1) // LANES * LANES
+    lanes = best_lanes(r)
+    padded = (r + lanes - 1) // lanes * lanes
     z = work_space(2 * b * tokens * padded).data_ptr()
     values = (
         x.data_ptr(), u.data_ptr(), s.data_ptr(), v.data_ptr(),
         0 if bias is None else bias.data_ptr(), z, z + 4 * b * tokens * padded, y.data_ptr(),
         tokens, p, n // b, r, x.stride(0),
     )  # fmt: skip
-    kernel = _kernel(b, x.dtype == torch.bfloat16)
-    if tokens * r * (n + b * p + b * b) <= SERIAL_MACS or torch.get_num_threads() == 1:
+    kernel = _kernel(b, x.dtype == torch.bfloat16, lanes)
+    serial = tokens * r * (n + b * p + b * b) <= SERIAL_MACS * lanes
+    if serial or torch.get_num_threads() == 1:
         run(kernel, False, (DOWN | COUPLE | UP, *values))
     else:
         for stage in (DOWN, COUPLE, UP):

@@ -15,12 +15,12 @@ from typing import Any
 from llvmlite import ir
 
 from blast_search.kernels.vectors import (
-    F32S,
     I64,
     LANES,
     Builder,
     Value,
     define,
+    floats,
     load,
     load_scalar,
     multiply_add,
@@ -31,7 +31,7 @@ from blast_search.kernels.vectors import (
 )
 
 
-def couple_step(blocks: int, rows: int, tokens: int, bf16: bool, count: int = LANES) -> Any:
+def couple_step(blocks: int, rows: int, tokens: int, bf16: bool, lanes: int = LANES) -> Any:
     """w[i, t, k] = sum_j s[i, j, k] z[j, t, k] for `rows` i, `tokens` t and one vector of k.
 
     The intrinsic takes a tuple: the addresses of packed float32 z (tokens, blocks, vector) and
@@ -45,9 +45,9 @@ def couple_step(blocks: int, rows: int, tokens: int, bf16: bool, count: int = LA
         z, s, w, block, token = values
         sums: dict[tuple[int, int], Value] = {}
         for j in range(blocks):
-            factors = [_packed(builder, s, i * blocks + j, count) for i in range(rows)]
+            factors = [_packed(builder, s, i * blocks + j, lanes) for i in range(rows)]
             for t in range(tokens):
-                value = _packed(builder, z, t * blocks + j, count)
+                value = _packed(builder, z, t * blocks + j, lanes)
                 for i, factor in enumerate(factors):
                     sums[i, t] = multiply_add(builder, factor, value, sums.get((i, t)))
         for (i, t), value in sums.items():
@@ -56,7 +56,7 @@ def couple_step(blocks: int, rows: int, tokens: int, bf16: bool, count: int = LA
     return define(emit)
 
 
-def pack_step(rows: int, columns: int, bf16: bool, count: int = LANES) -> Any:
+def pack_step(rows: int, columns: int, bf16: bool, lanes: int = LANES) -> Any:
     """Copy one vector from each of (rows, columns) places into a packed float32 array.
 
     The intrinsic takes a tuple: the packed address, the source's address, its two strides.
@@ -67,8 +67,8 @@ def pack_step(rows: int, columns: int, bf16: bool, count: int = LANES) -> Any:
         for i in range(rows):
             for j in range(columns):
                 place = offset(builder, source, (i, row), (j, column))
-                at = builder.add(packed, ir.Constant(I64, 4 * count * (i * columns + j)))
-                store(builder, load(builder, place, bf16, count), at, False)
+                at = builder.add(packed, ir.Constant(I64, 4 * lanes * (i * columns + j)))
+                store(builder, load(builder, place, bf16, lanes), at, False)
 
     return define(emit)
 
@@ -97,8 +97,8 @@ def outer_step(rows: int, columns: int, bf16: bool) -> Any:
     return define(emit)
 
 
-def down_step(tokens: int, vectors: int, bf16: bool) -> Any:
-    """z[t, k] = sum_c x[t, c] v[c, k] for `tokens` t and `vectors` times LANES k; z float32.
+def down_step(tokens: int, vectors: int, bf16: bool, lanes: int) -> Any:
+    """z[t, k] = sum_c x[t, c] v[c, k] for `tokens` t and `vectors` times `lanes` k; z float32.
 
     The intrinsic takes a tuple: addresses of x[t, 0], v[0, k], z[t, k]; strides of x's tokens, of
     v's rows, of z's tokens; the number of columns c.
@@ -111,21 +111,21 @@ def down_step(tokens: int, vectors: int, bf16: bool) -> Any:
         def body(c: Value) -> list[list[Value]]:
             at_x, at_v = offset(builder, x, (c, size)), offset(builder, v, (c, v_row))
             places = [offset(builder, at_x, (t, x_token)) for t in range(tokens)]
-            steps = [offset(builder, at_v, (LANES * i, size)) for i in range(vectors)]
-            left = [load_scalar(builder, place, bf16) for place in places]
-            return _products(builder, left, [load(builder, step, bf16) for step in steps])
+            steps = [offset(builder, at_v, (lanes * i, size)) for i in range(vectors)]
+            left = [load_scalar(builder, place, bf16, lanes) for place in places]
+            return _products(builder, left, [load(builder, step, bf16, lanes) for step in steps])
 
-        sums = _sum_loop(builder, count, tokens, vectors, body)
+        sums = _sum_loop(builder, count, tokens, vectors, body, lanes)
         four = ir.Constant(I64, 4)
         for t in range(tokens):
             for i in range(vectors):
-                place = offset(builder, z, (t, z_token), (LANES * i, four))
+                place = offset(builder, z, (t, z_token), (lanes * i, four))
                 store(builder, sums[t][i], place, False)
 
     return define(emit)
 
 
-def up_step(tokens: int, rows: int, bf16: bool) -> Any:
+def up_step(tokens: int, rows: int, bf16: bool, lanes: int) -> Any:
     """y[t, p] = bias[p] + sum_k w[t, k] u[p, k] for `tokens` t and `rows` p; w float32.
 
     w is stored in whole vectors.  The last of them belongs to the last LANES columns of u, and its
@@ -140,24 +140,26 @@ def up_step(tokens: int, rows: int, bf16: bool) -> Any:
         size = 2 if bf16 else 4
 
         def body(index: Value) -> list[list[Value]]:
-            at_w = offset(builder, w, (index, ir.Constant(I64, 4 * LANES)))
-            step = builder.mul(index, ir.Constant(I64, size * LANES))
+            at_w = offset(builder, w, (index, ir.Constant(I64, 4 * lanes)))
+            step = builder.mul(index, ir.Constant(I64, size * lanes))
             step = builder.select(builder.icmp_signed("<", step, last), step, last)
             at_u = builder.add(u, step)
-            left = [
-                load(builder, offset(builder, at_w, (t, w_token)), False) for t in range(tokens)
-            ]
+            places = [offset(builder, at_w, (t, w_token)) for t in range(tokens)]
+            left = [load(builder, place, False, lanes) for place in places]
             places = [offset(builder, at_u, (p, u_row)) for p in range(rows)]
-            return _products(builder, left, [load(builder, place, bf16) for place in places])
+            return _products(
+                builder, left, [load(builder, place, bf16, lanes) for place in places]
+            )
 
-        sums = _sum_loop(builder, count, tokens, rows, body)
+        sums = _sum_loop(builder, count, tokens, rows, body, lanes)
         totals = [[sum_lanes(builder, value) for value in row] for row in sums]
         biased = builder.icmp_signed("!=", bias, ir.Constant(I64, 0))
         # Where there is no bias, anything readable is read and not used.
         source = builder.select(biased, bias, u)
         for p in range(rows):
-            add = load_scalar(builder, builder.add(source, ir.Constant(I64, p * size)), bf16)
-            add = builder.select(biased, add, ir.Constant(F32S, [0.0] * LANES))
+            at = builder.add(source, ir.Constant(I64, p * size))
+            add = load_scalar(builder, at, bf16, lanes)
+            add = builder.select(biased, add, ir.Constant(floats(lanes), [0.0] * lanes))
             for t in range(tokens):
                 value = builder.fadd(totals[t][p], add)
                 place = offset(builder, y, (t, y_token), (p, ir.Constant(I64, size)))
@@ -166,8 +168,8 @@ def up_step(tokens: int, rows: int, bf16: bool) -> Any:
     return define(emit)
 
 
-def _packed(builder: Builder, base: Value, index: int, count: int) -> Value:
-    return load(builder, builder.add(base, ir.Constant(I64, 4 * count * index)), False, count)
+def _packed(builder: Builder, base: Value, index: int, lanes: int) -> Value:
+    return load(builder, builder.add(base, ir.Constant(I64, 4 * lanes * index)), False, lanes)
 
 
 def _products(
@@ -182,6 +184,7 @@ def _sum_loop(
     rows: int,
     columns: int,
     body: Callable[[Value], list[list[Value]]],
+    lanes: int = LANES,
 ) -> list[list[Value]]:
     """Sums over index = 0 .. count - 1 (count >= 1) of what `body` emits for an index."""
     before = builder.block
@@ -190,7 +193,7 @@ def _sum_loop(
     builder.position_at_end(loop)
     index = builder.phi(I64)
     index.add_incoming(ir.Constant(I64, 0), before)
-    sums = [[builder.phi(F32S) for _ in range(columns)] for _ in range(rows)]
+    sums = [[builder.phi(floats(lanes)) for _ in range(columns)] for _ in range(rows)]
     terms = body(index)
     totals = [
         [builder.fadd(total, term, flags=("fast",)) for total, term in zip(*pair, strict=True)]
@@ -198,7 +201,7 @@ def _sum_loop(
     ]
     for phis, values in zip(sums, totals, strict=True):
         for phi, value in zip(phis, values, strict=True):
-            phi.add_incoming(ir.Constant(F32S, [0.0] * LANES), before)
+            phi.add_incoming(ir.Constant(floats(lanes), [0.0] * lanes), before)
             phi.add_incoming(value, loop)
     following = builder.add(index, ir.Constant(I64, 1))
     index.add_incoming(following, loop)

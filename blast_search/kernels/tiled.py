@@ -24,14 +24,14 @@ from blast_search.kernels.kept import work_space
 from blast_search.kernels.launch import Kernel, compile_kernel, run
 from blast_search.kernels.panels import WIDTH, copy_step, product_step, transpose_step
 from blast_search.kernels.steps import pack_step
-from blast_search.kernels.vectors import LANES, copy, lanes, read, take
+from blast_search.kernels.vectors import LANES, best_lanes, copy, read, take
 
 # Numbers of z and w in a tile.  Measured with 2 MB of second-level cache: 2^19 loses up to a sixth
 # where b r is large (packing U for few tokens), 2^21 and tiles of 256 tokens now gain, now lose.
 TILE_NUMBERS = 1 << 20
 MIN_TILE, MAX_TILE = 32, 128
 INNER = 256  # k per pass of the first stage: a panel of 48 KB
-SERIAL_MACS = 300_000  # below this, waking threads costs more than it saves
+SERIAL_MACS = 600_000  # below this, waking threads costs more than it saves
 
 
 def fits(tokens: int, p: int, r: int) -> bool:
@@ -40,11 +40,11 @@ def fits(tokens: int, p: int, r: int) -> bool:
 
 
 @functools.cache
-def _products(count: int) -> Any:
+def _products(lanes: int) -> Any:
     """Compiled: product_step for `rows` rows, a multiple of GROUP, and a panel of `width`."""
     few = {1: 8, 2: 4, 3: 4}  # rows at once: sums for 16 registers
-    taken = {w: GROUP if count > LANES else few[w] for w in range(1, WIDTH + 1)}
-    one, two, three = (product_step(taken[w], w, count) for w in (1, 2, 3))
+    taken = {w: GROUP if lanes > LANES else few[w] for w in range(1, WIDTH + 1)}
+    one, two, three = (product_step(taken[w], w, lanes) for w in (1, 2, 3))
     one_rows, two_rows, three_rows = taken[1], taken[2], taken[3]
 
     @njit  # type: ignore[untyped-decorator]
@@ -70,14 +70,14 @@ def _products(count: int) -> Any:
 
 
 @functools.cache
-def _pack_rows(count: int) -> Any:
+def _pack_rows(lanes: int) -> Any:
     """Compiled: a panel of `number` rows of a row-major matrix."""
-    one, two, three = (copy_step(width, count) for width in (1, 2, 3))
+    one, two, three = (copy_step(width, lanes) for width in (1, 2, 3))
 
     @njit  # type: ignore[untyped-decorator]
     def pack(width: int, panel: int, source: int, row: int, last: int, number: int) -> None:
         for k in range(number):
-            to, at = panel + k * width * count * 4, source + k * row
+            to, at = panel + k * width * lanes * 4, source + k * row
             if width == 3:
                 three((to, at, last))
             elif width == 2:
@@ -89,21 +89,21 @@ def _pack_rows(count: int) -> Any:
 
 
 @functools.cache
-def _pack_columns(count: int) -> Any:
-    """Compiled: a panel of the transpose: `width` times `count` rows of a row-major matrix.
+def _pack_columns(lanes: int) -> Any:
+    """Compiled: a panel of the transpose: `width` times `lanes` rows of a row-major matrix.
 
-    `last` is the first row of the last vector; `number` is at least `count`.
+    `last` is the first row of the last vector; `number` is at least `lanes`.
     """
-    transpose = transpose_step(count)
+    transpose = transpose_step(lanes)
 
     @njit  # type: ignore[untyped-decorator]
     def pack(width: int, panel: int, source: int, row: int, last: int, number: int) -> None:
-        panel_row = width * count * 4
+        panel_row = width * lanes * 4
         for v in range(width):
-            at = source + (last if v == width - 1 else v * count) * row
-            for first in range(0, number, count):
-                k = min(first, number - count)
-                to = panel + k * panel_row + v * count * 4
+            at = source + (last if v == width - 1 else v * lanes) * row
+            for first in range(0, number, lanes):
+                k = min(first, number - lanes)
+                to = panel + k * panel_row + v * lanes * 4
                 transpose((at + k * 4, to, row, panel_row))
 
     return pack
@@ -116,7 +116,7 @@ def _panel_width(left: int) -> int:
 
 
 @functools.cache
-def _kernel(blocks: int, count: int) -> Kernel:
+def _kernel(blocks: int, lanes: int) -> Kernel:
     """The task holds: addresses of x, u, s, v, bias (0: none), y and the work space; tokens, p,
     q, r, the stride of x, tokens per tile (whole groups), bytes of work space per thread.
 
@@ -124,10 +124,10 @@ def _kernel(blocks: int, count: int) -> Kernel:
     couplings, a spare group of x and of y, and a panel.  Tokens that do not fill the last group go
     through the spare one.
     """
-    products, pack_rows, pack_columns = _products(count), _pack_rows(count), _pack_columns(count)
-    pack_s = pack_step(blocks, blocks, False, count)
-    couple = couple_rows(blocks, TOKENS, False, count)
-    size = 4 * count
+    products, pack_rows, pack_columns = _products(lanes), _pack_rows(lanes), _pack_columns(lanes)
+    pack_s = pack_step(blocks, blocks, False, lanes)
+    couple = couple_rows(blocks, TOKENS, False, lanes)
+    size = 4 * lanes
 
     def kernel(task: int) -> None:
         x, u, s, v, bias = (
@@ -138,7 +138,7 @@ def _kernel(blocks: int, count: int) -> Kernel:
         tile, share = read(task, 15), read(task, 16)
         n_row, m_row, r_row = blocks * q * 4, blocks * p * 4, r * 4
         z_token, w_block = blocks * size, tile * r_row
-        z_vector, vectors = tile * z_token, (r + count - 1) // count
+        z_vector, vectors = tile * z_token, (r + lanes - 1) // lanes
         z = space + share * take(task + 8)
         w = z + vectors * z_vector
         packed_s = w + blocks * w_block
@@ -161,8 +161,8 @@ def _kernel(blocks: int, count: int) -> Kernel:
                 k = 0
                 while k < vectors:
                     width = _panel_width(vectors - k)
-                    begin = min(k * count, r - count)
-                    last = min((k + width) * count, r) - count - begin
+                    begin = min(k * lanes, r - lanes)
+                    last = min((k + width) * lanes, r) - lanes - begin
                     z_last = (width - 1) * z_vector
                     zk = z + k * z_vector + j * size
                     zr = zk + full * z_token
@@ -181,18 +181,18 @@ def _kernel(blocks: int, count: int) -> Kernel:
                             )  # fmt: skip
                     k += width
             for k in range(vectors):
-                at = min(k * count, r - count) * 4
+                at = min(k * lanes, r - lanes) * 4
                 pack_s((packed_s, s + at, blocks * r_row, r_row))
                 for t in range(0, groups, TOKENS):
                     zt = z + k * z_vector + t * z_token
                     couple(zt, packed_s, w + t * r_row + at, w_block, r_row)
             for i in range(blocks):
                 wi, ui = w + i * w_block, u + i * p * r_row
-                k, columns = 0, (p + count - 1) // count
+                k, columns = 0, (p + lanes - 1) // lanes
                 while k < columns:
                     width = _panel_width(columns - k)
-                    begin = min(k * count, p - count)
-                    last = min((k + width) * count, p) - count - begin
+                    begin = min(k * lanes, p - lanes)
+                    last = min((k + width) * lanes, p) - lanes - begin
                     pack_columns(width, panel, ui + begin * r_row, r_row, last, r)
                     at = (i * p + begin) * 4
                     add = bias + at if bias else bias
@@ -220,12 +220,12 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> 
     b, p, r = u.shape
     tokens, n = x.shape
     y = x.new_empty(tokens, b * p)
-    count = lanes(p, r)
-    parallel = tokens * r * (n + b * p + b * b) > SERIAL_MACS
+    lanes = best_lanes(p, r)
+    parallel = tokens > GROUP and tokens * r * (n + b * p + b * b) > SERIAL_MACS
     threads = torch.get_num_threads() if parallel else 1
     tile = tile_size(tokens, b * r, threads)
-    share = -(-r // count) * tile * b * count + b * tile * r + b * b * count
-    share += GROUP * (n + b * p) + WIDTH * count * max(r, INNER)
+    share = -(-r // lanes) * tile * b * lanes + b * tile * r + b * b * lanes
+    share += GROUP * (n + b * p) + WIDTH * lanes * max(r, INNER)
     share += 16  # a cache line: threads share none
     space = work_space(threads * share).data_ptr()
     values = (
@@ -233,7 +233,7 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> 
         0 if bias is None else bias.data_ptr(), y.data_ptr(), space,
         tokens, p, n // b, r, x.stride(0), tile, 4 * share,
     )  # fmt: skip
-    run(_kernel(b, count), parallel, values)
+    run(_kernel(b, lanes), parallel, values)
     return y
 
 

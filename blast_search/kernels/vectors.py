@@ -1,7 +1,7 @@
 """Vector code for numba, written as LLVM instructions: values in registers and in memory.
 
 Addresses and strides are bytes in int64.  A vector has LANES floats unless another number is
-given; `lanes` gives the best one.
+given; `best_lanes` gives the best one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from numba.extending import intrinsic
 LANES = 8  # floats per vector: one AVX register, two NEON ones, half an AVX-512 one
 I64 = ir.IntType(64)
 F32S = ir.VectorType(ir.FloatType(), LANES)
-I32S = ir.VectorType(ir.IntType(32), LANES)
 
 Builder = Any  # llvmlite.ir.IRBuilder
 Value = Any  # llvmlite.ir.Value
@@ -32,7 +31,7 @@ def _wide() -> bool:
         return False
 
 
-def lanes(*sizes: int) -> int:
+def best_lanes(*sizes: int) -> int:
     """Floats per vector for rows of these sizes: a whole AVX-512 register, or LANES.
 
     The last vector of a row overlaps the one before it, so that no row may be shorter than one.
@@ -40,8 +39,8 @@ def lanes(*sizes: int) -> int:
     return 2 * LANES if _wide() and min(sizes) >= 2 * LANES else LANES
 
 
-def floats(count: int) -> ir.VectorType:
-    return ir.VectorType(ir.FloatType(), count)
+def floats(lanes: int) -> ir.VectorType:
+    return ir.VectorType(ir.FloatType(), lanes)
 
 
 def _pointer(builder: Builder, address: Value, kind: ir.Type) -> Value:
@@ -52,14 +51,14 @@ def _splat(count: int, value: int) -> Value:
     return ir.Constant(ir.VectorType(ir.IntType(32), count), [value] * count)
 
 
-def load(builder: Builder, address: Value, bf16: bool, count: int = LANES) -> Value:
-    """`count` values as float32; bfloat16 is the upper half of a float32."""
+def load(builder: Builder, address: Value, bf16: bool, lanes: int = LANES) -> Value:
+    """`lanes` values as float32; bfloat16 is the upper half of a float32."""
     if not bf16:
-        return builder.load(_pointer(builder, address, floats(count)), align=4)
-    halves = ir.VectorType(ir.IntType(16), count)
+        return builder.load(_pointer(builder, address, floats(lanes)), align=4)
+    halves = ir.VectorType(ir.IntType(16), lanes)
     raw = builder.load(_pointer(builder, address, halves), align=2)
-    bits = builder.zext(raw, ir.VectorType(ir.IntType(32), count))
-    return builder.bitcast(builder.shl(bits, _splat(count, 16)), floats(count))
+    bits = builder.zext(raw, ir.VectorType(ir.IntType(32), lanes))
+    return builder.bitcast(builder.shl(bits, _splat(lanes, 16)), floats(lanes))
 
 
 def store(builder: Builder, value: Value, address: Value, bf16: bool) -> None:
@@ -84,25 +83,27 @@ def _rounded(builder: Builder, value: Value) -> Value:
     )
 
 
-def load_scalar(builder: Builder, address: Value, bf16: bool, count: int = LANES) -> Value:
-    """One value as float32 in all `count` lanes."""
+def load_scalar(builder: Builder, address: Value, bf16: bool, lanes: int = LANES) -> Value:
+    """One value as float32 in all lanes."""
     if bf16:
         raw = builder.load(_pointer(builder, address, ir.IntType(16)), align=2)
         bits = builder.shl(builder.zext(raw, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
         value = builder.bitcast(bits, ir.FloatType())
     else:
         value = builder.load(_pointer(builder, address, ir.FloatType()), align=4)
-    undefined = ir.Constant(floats(count), ir.Undefined)
+    undefined = ir.Constant(floats(lanes), ir.Undefined)
     one = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(one, undefined, _splat(count, 0))
+    return builder.shuffle_vector(one, undefined, _splat(lanes, 0))
 
 
 def sum_lanes(builder: Builder, value: Value) -> Value:
     """The sum over lanes, in lane 0."""
-    width = LANES // 2
+    count = value.type.count
+    width = count // 2
+    indices = ir.VectorType(ir.IntType(32), count)
     while width:
-        order = [(lane + width) % LANES for lane in range(LANES)]
-        moved = builder.shuffle_vector(value, value, ir.Constant(I32S, order))
+        order = [(lane + width) % count for lane in range(count)]
+        moved = builder.shuffle_vector(value, value, ir.Constant(indices, order))
         value = builder.fadd(value, moved, flags=("fast",))
         width //= 2
     return value
@@ -148,13 +149,13 @@ def multiply_add(builder: Builder, x: Value, y: Value, total: Value | None) -> V
     return product if total is None else builder.fadd(total, product, flags=("fast",))
 
 
-def scratch(vectors: int, count: int = LANES) -> Any:
+def scratch(vectors: int, lanes: int = LANES) -> Any:
     """The address of `vectors` float32 vectors on the stack of the calling kernel."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def generated(typingctx: Any) -> Any:
         def codegen(context: Any, builder: Builder, signature: Any, values: Any) -> Value:
-            place = cgutils.alloca_once(builder, ir.ArrayType(floats(count), vectors))
+            place = cgutils.alloca_once(builder, ir.ArrayType(floats(lanes), vectors))
             place.align = 64
             return builder.ptrtoint(place, I64)
 
