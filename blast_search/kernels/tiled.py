@@ -42,10 +42,12 @@ def fits(tokens: int, p: int, r: int) -> bool:
 @functools.cache
 def _products(lanes: int) -> Any:
     """Compiled: product_step for `rows` rows, a multiple of GROUP, and a panel of `width`."""
-    few = {1: 8, 2: 4, 3: 4}  # rows at once: sums for 16 registers
-    taken = {w: GROUP if lanes > LANES else few[w] for w in range(1, WIDTH + 1)}
-    one, two, three = (product_step(taken[w], w, lanes) for w in (1, 2, 3))
-    one_rows, two_rows, three_rows = taken[1], taken[2], taken[3]
+    # Rows at once, for 32 registers or 16: each holds a sum, a part of the panel's row, or of a's.
+    one_rows, two_rows, three_rows = (8, 8, 8) if lanes > LANES else (8, 4, 4)
+    one, two, three = (
+        product_step(rows, width, lanes)
+        for width, rows in enumerate((one_rows, two_rows, three_rows), 1)
+    )
 
     @njit  # type: ignore[untyped-decorator]
     def products(
