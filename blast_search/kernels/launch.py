@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from llvmlite import ir
 from numba import cfunc, types
+from numba.extending import intrinsic
 
 COUNTERS = 3
 
@@ -38,8 +40,8 @@ def compile_kernel(body: Callable[[int], None]) -> Kernel:
 
 
 @functools.cache
-def libraries() -> tuple[ctypes.CDLL, ...]:
-    """PyTorch's CPU library, in which its OpenMP runtime and its BLAS can be looked up."""
+def _libraries() -> tuple[ctypes.CDLL, ...]:
+    """PyTorch's CPU library, in which its OpenMP runtime can be looked up."""
     found = []
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         try:
@@ -50,17 +52,46 @@ def libraries() -> tuple[ctypes.CDLL, ...]:
 
 
 @functools.cache
-def _openmp() -> Callable[..., None] | None:
-    """GOMP_parallel of the OpenMP runtime that PyTorch runs on, or None."""
-    for library in libraries():
+def _openmp(name: str) -> Any:
+    """A function of the OpenMP runtime that PyTorch runs on, or None."""
+    for library in _libraries():
         try:
-            start = library.GOMP_parallel
+            return getattr(library, name)
         except AttributeError:
             continue
-        start.restype = None
-        start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        return start  # type: ignore[no-any-return]
     return None
+
+
+@functools.cache
+def _start() -> Callable[..., None] | None:
+    """GOMP_parallel, or None."""
+    start = _openmp("GOMP_parallel")
+    if start is None or _openmp("GOMP_barrier") is None:
+        return None
+    start.restype = None
+    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    return start  # type: ignore[no-any-return]
+
+
+def barrier() -> Any:
+    """A numba intrinsic without arguments: wait for the other threads that run the kernel.
+
+    Alone, a thread goes on at once.
+    """
+    function = _openmp("GOMP_barrier")
+    address = ctypes.cast(function, ctypes.c_void_p).value if function else None
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def wait(typingctx: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            if address:
+                kind = ir.FunctionType(ir.VoidType(), []).as_pointer()
+                builder.call(builder.inttoptr(ir.Constant(ir.IntType(64), address), kind), [])
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return wait
 
 
 @functools.cache
@@ -72,7 +103,7 @@ def run(kernel: Kernel, parallel: bool, values: tuple[int, ...]) -> None:
     """Run a kernel on the task (0, 0, 0, *values), on all threads of PyTorch if `parallel`."""
     task = _task_type(COUNTERS + len(values))(0, 0, 0, *values)
     threads = torch.get_num_threads() if parallel else 1
-    start = _openmp() if threads > 1 else None
+    start = _start() if threads > 1 else None
     if start is None:
         kernel.call(ctypes.addressof(task))
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blast_search.kernels.kept import work_space
-from blast_search.kernels.launch import Kernel, compile_kernel, run
+from blast_search.kernels.launch import Kernel, barrier, compile_kernel, run
 from blast_search.kernels.steps import couple_step, down_step, pack_step, up_step
 from blast_search.kernels.vectors import best_lanes, put_zero, read, scratch, take
 
@@ -27,8 +27,8 @@ ROWS = 64  # output rows per piece of work
 
 @functools.cache
 def _kernel(blocks: int, bf16: bool, lanes: int) -> Kernel:
-    """The task holds: stages to run (bits); addresses of x, u, s, v, bias (0: none), z, w, y;
-    tokens, p, q, r, and the stride of x.
+    """The task holds: addresses of x, u, s, v, bias (0: none), z, w, y; tokens, p, q, r, and the
+    stride of x.
     """
     down_wide, down_one = (down_step(1, vectors, bf16, lanes) for vectors in (WIDE, 1))
     down_pair, down_pair_one = (down_step(2, vectors, bf16, lanes) for vectors in (WIDE, 1))
@@ -37,93 +37,92 @@ def _kernel(blocks: int, bf16: bool, lanes: int) -> Kernel:
     pack_s, pack_z = pack_step(1, blocks, bf16, lanes), pack_step(blocks, 1, False, lanes)
     couple = couple_step(blocks, 1, 1, False, lanes)
     couplings, inputs = scratch(blocks * blocks, lanes), scratch(blocks, lanes)
-    size = 2 if bf16 else 4
+    size, wait = 2 if bf16 else 4, barrier()
 
     def kernel(task: int) -> None:
-        stages, x, u, s = read(task, 3), read(task, 4), read(task, 5), read(task, 6)
-        v, bias, z, w = read(task, 7), read(task, 8), read(task, 9), read(task, 10)
-        y, tokens, p, q = read(task, 11), read(task, 12), read(task, 13), read(task, 14)
-        r, x_stride = read(task, 15), read(task, 16) * size
+        x, u, s, v = read(task, 3), read(task, 4), read(task, 5), read(task, 6)
+        bias, z, w, y = read(task, 7), read(task, 8), read(task, 9), read(task, 10)
+        tokens, p, q, r = read(task, 11), read(task, 12), read(task, 13), read(task, 14)
+        x_stride = read(task, 15) * size
         vectors = (r + lanes - 1) // lanes
         v_row, z_token, w_token = r * size, r * 4, vectors * lanes * 4
         z_block, w_block = tokens * z_token, tokens * w_token
         y_token = blocks * p * size
         chunks = (vectors + WIDE - 1) // WIDE
         wide = r >= WIDE * lanes
-        if stages & DOWN:
-            while True:
-                index = take(task)
-                if index >= blocks * chunks:
-                    break
-                j, chunk = index // chunks, index % chunks
-                xj, vj, zj = x + j * q * size, v + j * q * v_row, z + j * z_block
-                for t in range(0, tokens, 2):
-                    xt, zt = xj + t * x_stride, zj + t * z_token
-                    if wide:
-                        k = min(chunk * WIDE * lanes, r - WIDE * lanes)
+        while True:
+            index = take(task)
+            if index >= blocks * chunks:
+                break
+            j, chunk = index // chunks, index % chunks
+            xj, vj, zj = x + j * q * size, v + j * q * v_row, z + j * z_block
+            for t in range(0, tokens, 2):
+                xt, zt = xj + t * x_stride, zj + t * z_token
+                if wide:
+                    k = min(chunk * WIDE * lanes, r - WIDE * lanes)
+                    place = (xt, vj + k * size, zt + k * 4, x_stride, v_row, z_token, q)
+                    if t + 1 < tokens:
+                        down_pair(place)
+                    else:
+                        down_wide(place)
+                else:
+                    for i in range(vectors):
+                        k = min(i * lanes, r - lanes)
                         place = (xt, vj + k * size, zt + k * 4, x_stride, v_row, z_token, q)
                         if t + 1 < tokens:
-                            down_pair(place)
+                            down_pair_one(place)
                         else:
-                            down_wide(place)
-                    else:
-                        for i in range(vectors):
-                            k = min(i * lanes, r - lanes)
-                            place = (xt, vj + k * size, zt + k * 4, x_stride, v_row, z_token, q)
-                            if t + 1 < tokens:
-                                down_pair_one(place)
-                            else:
-                                down_one(place)
-        if stages & COUPLE:
-            packed_s, packed_z = couplings(), inputs()
-            while True:
-                index = take(task + 8)
-                if index >= vectors:
-                    break
-                k = min(index * lanes, r - lanes)
+                            down_one(place)
+        wait()
+        packed_s, packed_z = couplings(), inputs()
+        while True:
+            index = take(task + 8)
+            if index >= vectors:
+                break
+            k = min(index * lanes, r - lanes)
+            for i in range(blocks):
+                row = s + i * blocks * v_row + k * size
+                pack_s((packed_s + i * blocks * lanes * 4, row, v_row, v_row))
+            for t in range(tokens):
+                pack_z((packed_z, z + t * z_token + k * 4, z_block, z_token))
                 for i in range(blocks):
-                    row = s + i * blocks * v_row + k * size
-                    pack_s((packed_s + i * blocks * lanes * 4, row, v_row, v_row))
-                for t in range(tokens):
-                    pack_z((packed_z, z + t * z_token + k * 4, z_block, z_token))
-                    for i in range(blocks):
-                        at = w + i * w_block + t * w_token + index * lanes * 4
-                        si = packed_s + i * blocks * lanes * 4
-                        couple((packed_z, si, at, w_block, w_token))
-                        for lane in range(index * lanes - k):
-                            put_zero(at + lane * 4)
-        if stages & UP:
-            tasks = (p + ROWS - 1) // ROWS
-            last = (r - lanes) * size
-            while True:
-                index = take(task + 16)
-                if index >= blocks * tasks:
-                    break
-                i = index // tasks
-                first = index % tasks * ROWS
-                end = min(p, first + ROWS)
-                wi = w + i * w_block
-                row = first
-                while row < end:
-                    step = 8 if row + 8 <= end else 1
-                    at = i * p + row
-                    up, bp = u + at * v_row, bias + at * size if bias else bias
-                    for t in range(0, tokens, 2):
-                        wt, yt = wi + t * w_token, y + t * y_token + at * size
-                        out = (wt, up, yt, bp, w_token, y_token, v_row, vectors, last)
-                        if t + 1 == tokens:
-                            if step == 8:
-                                up_wide(out)
-                            else:
-                                up_one(out)
-                        elif step == 1:
-                            up_pair_one(out)
+                    at = w + i * w_block + t * w_token + index * lanes * 4
+                    si = packed_s + i * blocks * lanes * 4
+                    couple((packed_z, si, at, w_block, w_token))
+                    for lane in range(index * lanes - k):
+                        put_zero(at + lane * 4)
+        wait()
+        tasks = (p + ROWS - 1) // ROWS
+        last = (r - lanes) * size
+        while True:
+            index = take(task + 16)
+            if index >= blocks * tasks:
+                break
+            i = index // tasks
+            first = index % tasks * ROWS
+            end = min(p, first + ROWS)
+            wi = w + i * w_block
+            row = first
+            while row < end:
+                step = 8 if row + 8 <= end else 1
+                at = i * p + row
+                up, bp = u + at * v_row, bias + at * size if bias else bias
+                for t in range(0, tokens, 2):
+                    wt, yt = wi + t * w_token, y + t * y_token + at * size
+                    out = (wt, up, yt, bp, w_token, y_token, v_row, vectors, last)
+                    if t + 1 == tokens:
+                        if step == 8:
+                            up_wide(out)
                         else:
-                            up_pair(out)
-                            bh = bp + 4 * size if bias else bias
-                            up_pair((wt, up + 4 * v_row, yt + 4 * size, bh,
-                                     w_token, y_token, v_row, vectors, last))  # fmt: skip
-                    row += step
+                            up_one(out)
+                    elif step == 1:
+                        up_pair_one(out)
+                    else:
+                        up_pair(out)
+                        bh = bp + 4 * size if bias else bias
+                        up_pair((wt, up + 4 * v_row, yt + 4 * size, bh,
+                                 w_token, y_token, v_row, vectors, last))  # fmt: skip
+                row += step
 
     return compile_kernel(kernel)
 
@@ -146,11 +145,6 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> 
         0 if bias is None else bias.data_ptr(), z, z + 4 * b * tokens * padded, y.data_ptr(),
         tokens, p, n // b, r, x.stride(0),
     )  # fmt: skip
-    kernel = _kernel(b, x.dtype == torch.bfloat16, lanes)
-    serial = tokens * r * (n + b * p + b * b) <= SERIAL_MACS * lanes
-    if serial or torch.get_num_threads() == 1:
-        run(kernel, False, (DOWN | COUPLE | UP, *values))
-    else:
-        for stage in (DOWN, COUPLE, UP):
-            run(kernel, stage != COUPLE, (stage, *values))
+    parallel = tokens * r * (n + b * p + b * b) > SERIAL_MACS * lanes
+    run(_kernel(b, x.dtype == torch.bfloat16, lanes), parallel, values)
     return y

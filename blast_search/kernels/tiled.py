@@ -7,6 +7,10 @@ The stages were calls of the BLAS library's sgemm before.  It takes products thi
 to 0.9 of a dense layer's speed: it packs both operands in every call, and its tiles do not suit
 24 or 40 columns.  Here only the right operand is packed, z is left as the coupling reads it, and
 the last vector of a row overlaps the one before it.
+
+Each thread packs for its own tile.  Packing V and U once per call, all threads together and then
+waiting for one another, was tried: with one thread up to a tenth slower (panels out of the cache),
+with two up to four times, where another program held one of them up.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from blast_search.kernels.vectors import LANES, best_lanes, copy, read, take
 # where b r is large (packing U for few tokens), 2^21 and tiles of 256 tokens now gain, now lose.
 TILE_NUMBERS = 1 << 20
 MIN_TILE, MAX_TILE = 32, 128
+LINE = 16  # numbers in a cache line
 INNER = 256  # k per pass of the first stage: a panel of 48 KB
 SERIAL_MACS = 600_000  # below this, waking threads costs more than it saves
 
@@ -122,8 +127,8 @@ def _kernel(blocks: int, lanes: int) -> Kernel:
     """The task holds: addresses of x, u, s, v, bias (0: none), y and the work space; tokens, p,
     q, r, the stride of x, tokens per tile (whole groups), bytes of work space per thread.
 
-    A thread's work space holds z (vector of r, token, block, lanes), w (block, token, r), packed
-    couplings, a spare group of x and of y, and a panel.  Tokens that do not fill the last group go
+    A thread's work space holds z (vector of r, token, block, lanes), packed couplings, a panel, w
+    (block, token, r), a spare group of x and of y.  Tokens that do not fill the last group go
     through the spare one.
     """
     products, pack_rows, pack_columns = _products(lanes), _pack_rows(lanes), _pack_columns(lanes)
@@ -141,12 +146,13 @@ def _kernel(blocks: int, lanes: int) -> Kernel:
         n_row, m_row, r_row = blocks * q * 4, blocks * p * 4, r * 4
         z_token, w_block = blocks * size, tile * r_row
         z_vector, vectors = tile * z_token, (r + lanes - 1) // lanes
+        # What vectors are read from begins with a cache line.
         z = space + share * take(task + 8)
-        w = z + vectors * z_vector
-        packed_s = w + blocks * w_block
-        spare_x = packed_s + blocks * z_token
+        packed_s = z + vectors * z_vector
+        panel = packed_s + blocks * z_token
+        w = panel + WIDTH * size * max(r, INNER)
+        spare_x = w + blocks * w_block
         spare_y = spare_x + GROUP * n_row
-        panel = spare_y + GROUP * m_row
         while True:
             first = tile * take(task)
             if first >= tokens:
@@ -228,7 +234,7 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> 
     tile = tile_size(tokens, b * r, threads)
     share = -(-r // lanes) * tile * b * lanes + b * tile * r + b * b * lanes
     share += GROUP * (n + b * p) + WIDTH * lanes * max(r, INNER)
-    share += 16  # a cache line: threads share none
+    share = (share // LINE + 2) * LINE  # whole cache lines, and none shared by threads
     space = work_space(threads * share).data_ptr()
     values = (
         x.data_ptr(), u.data_ptr(), s.data_ptr(), v.data_ptr(),
