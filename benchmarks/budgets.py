@@ -1,6 +1,7 @@
 """Does every run meet its budget, and how much of it is left unused?
 
     python benchmarks/budgets.py vit --runs 20      # repeat to add runs; a quiet machine
+    python benchmarks/budgets.py examples.own_task:task
 
 Whole searches without retraining, over seeds and budgets.  A run's own claim is its final timing
 (40 s, side by side with dense); then the saved model is timed again as `blast-search verify` does
@@ -100,7 +101,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--seed", type=int, help="of the first run; default: the next new one")
     values = parser.parse_args()
-    file = FOLDER / f"{values.task}.csv"
+    name = values.task.partition(":")[0].rpartition(".")[2]  # examples.own_task:task -> own_task
+    file = FOLDER / f"{name}.csv"
     FOLDER.mkdir(parents=True, exist_ok=True)
     first = values.seed
     if first is None:

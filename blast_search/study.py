@@ -156,7 +156,10 @@ class Study:
         asked = []
         for number in range(first, end):
             seed = (self.seed * 10_007 + number + own) % 2**32
-            memory.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM)
+            # Jointly: sampled one by one, eleven parameters take 40 ms instead of 13.
+            memory.sampler = optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=RANDOM, multivariate=True
+            )
             if number - first < len(starts):
                 start = starts[number - first]
                 memory.enqueue_trial({name: start.get(name, 0.0) for name in self.parameters})
