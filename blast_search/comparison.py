@@ -107,24 +107,31 @@ class Comparison:
 
     def _verdict(self, search: Row, other: Row) -> str:
         over = " and ".join(row.name for row in (search, other) if not row.within)
-        if over:
-            return (
-                f"{other.name}: no comparison at equal latency, {over} is over the budget (layer "
-                f"latency {other.layer_ratio:.3f}; the search {search.layer_ratio:.3f})."
-            )
-        if search.choices == other.choices:
+        if not over and search.choices == other.choices:
             return f"{other.name}: a tie, the search ended at the same plan."
+        result, evidence = self._gain(search, other)
+        if not over:
+            return f"{other.name}: {result}, {evidence}."
+        ratios = f"layer latency {other.layer_ratio:.3f}; the search {search.layer_ratio:.3f}"
+        if search.within and result == "a win":
+            return f"{other.name}: a win, although it is over the budget ({ratios}), {evidence}."
+        return (
+            f"{other.name}: no comparison at equal latency, {over} is over the budget ({ratios})."
+        )
+
+    def _gain(self, search: Row, other: Row) -> tuple[str, str]:
+        """A win, a tie or a loss of the search by its final metric, and the figures."""
         sign = 1 if self.higher_is_better else -1
         gains = [sign * (a - b) for a, b in zip(search.final, other.final, strict=True)]
         gain = Interval.of(gains)
         size = f"{self.metric} {abs(gain.mean):.4g} {'better' if gain.mean >= 0 else 'worse'}"
         if gain.ci95 is None:
             result = "a tie" if gain.mean == 0 else "a win" if gain.mean > 0 else "a loss"
-            return f"{other.name}: {result}, {size}; no interval from one value."
+            return result, f"{size}; no interval from one value"
         low, high = gain.ci95
         result = "a win" if low > 0 else "a loss" if high < 0 else "a tie"
         pairs = f"95% interval of the gain {low:+.4g} to {high:+.4g} over {len(gains)} seeds"
-        return f"{other.name}: {result}, {size} ({pairs})."
+        return result, f"{size} ({pairs})"
 
     # ---- how it is shown ----------------------------------------------------------------
 

@@ -189,6 +189,7 @@ def test_wins_ties_and_losses_are_called_by_name():
     flipped = comparison(False, search, *others).verdicts
     assert "a loss" in flipped[0]
     assert "a win" in flipped[1]
+    assert "a win, although it is over the budget (layer latency 0.600" in flipped[3]
     one = comparison(True, row("full search", (0.5,)), row("Monarch", (0.6,)))
     assert one.verdicts == ["Monarch: a loss, m 0.1 worse; no interval from one value."]
     better = comparison(True, search, row("uniform BLAST", (0.7, 0.7, 0.7)))
