@@ -291,8 +291,8 @@ class Finish:
         return InfeasibleBudgetError(
             f"no plan meets both budgets: at budget {s.budget} (scope {s.budget_scope}) "
             f"{task.metric[0]} falls by {drop:.4f}, more than --max-drop {s.max_drop:g}. "
-            "Allow more drop, a larger budget, or more --retrain-steps. The nearest plan is in "
-            "plan.json."
+            "Allow more drop, a larger budget or more --retrain-steps, or leave --budget out: "
+            "--max-drop alone finds the fastest plan within it. The nearest plan is in plan.json."
         )
 
     def keep_model(self, key: str, winner: Contender, plan: Plan, trained: bool) -> nn.Module:
