@@ -30,7 +30,15 @@ Gradients = composed.Gradients
 
 SOURCES = {
     "lowrank": ("__init__.py", "kept.py", "composed.py"),
-    "small": ("__init__.py", "kept.py", "small.py", "steps.py", "vectors.py", "launch.py"),
+    "small": (
+        "__init__.py",
+        "kept.py",
+        "small.py",
+        "cpu.py",
+        "steps.py",
+        "vectors.py",
+        "launch.py",
+    ),
     "torch": ("__init__.py", "kept.py", "composed.py", "reference.py"),
     "tiled": (
         "__init__.py",

@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from blast_search.kernels.steps import products, sum_loop
 from blast_search.kernels.vectors import (
     I64,
     Builder,
@@ -19,7 +20,6 @@ from blast_search.kernels.vectors import (
     floats,
     load,
     load_scalar,
-    multiply_add,
     offset,
     store,
 )
@@ -50,35 +50,19 @@ def product_step(rows: int, width: int, lanes: int) -> Any:
             at = builder.select(given, place(start, start_row, t, v), panel)
             return builder.select(given, load(builder, at, False, lanes), zero)
 
-        places = [(t, v) for t in range(rows) for v in range(width)]
-        starts = {at: first(*at) for at in places}
-        before = builder.block
-        loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        left, at_a, at_panel = (builder.phi(I64) for _ in range(3))
-        sums = {at: builder.phi(floats(lanes)) for at in places}
-        steps = [builder.add(at_panel, ir.Constant(I64, 4 * lanes * v)) for v in range(width)]
-        right = [load(builder, step, False, lanes) for step in steps]
-        totals = {}
+        def body(k: Value) -> list[list[Value]]:
+            at_a = offset(builder, a, (k, ir.Constant(I64, 4)))
+            at_panel = offset(builder, panel, (k, ir.Constant(I64, 4 * lanes * width)))
+            steps = [builder.add(at_panel, ir.Constant(I64, 4 * lanes * v)) for v in range(width)]
+            places = [offset(builder, at_a, (t, a_row)) for t in range(rows)]
+            left = [load_scalar(builder, at, False, lanes) for at in places]
+            return products(builder, left, [load(builder, step, False, lanes) for step in steps])
+
+        starts = [[first(t, v) for v in range(width)] for t in range(rows)]
+        totals = sum_loop(builder, number, rows, width, body, lanes, starts)
         for t in range(rows):
-            value = load_scalar(builder, offset(builder, at_a, (t, a_row)), False, lanes)
             for v in range(width):
-                totals[t, v] = multiply_add(builder, value, right[v], sums[t, v])
-        following = builder.sub(left, ir.Constant(I64, 1))
-        moves = (
-            (left, number, following),
-            (at_a, a, builder.add(at_a, ir.Constant(I64, 4))),
-            (at_panel, panel, builder.add(at_panel, ir.Constant(I64, 4 * lanes * width))),
-            *((sums[at], starts[at], totals[at]) for at in places),
-        )
-        for phi, initial, later in moves:
-            phi.add_incoming(initial, before)
-            phi.add_incoming(later, loop)
-        builder.cbranch(builder.icmp_signed(">", following, ir.Constant(I64, 0)), loop, done)
-        builder.position_at_end(done)
-        for t, v in places:
-            store(builder, totals[t, v], place(c, c_row, t, v), False)
+                store(builder, totals[t][v], place(c, c_row, t, v), False)
 
     return define(emit)
 

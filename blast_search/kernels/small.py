@@ -12,9 +12,10 @@ import functools
 import torch
 from torch import Tensor
 
+from blast_search.kernels.cpu import couple_rows
 from blast_search.kernels.kept import work_space
 from blast_search.kernels.launch import Kernel, barrier, compile_kernel, run
-from blast_search.kernels.steps import couple_step, down_step, pack_step, up_step
+from blast_search.kernels.steps import down_step, pack_step, up_step
 from blast_search.kernels.vectors import best_lanes, put_zero, read, scratch, take
 
 DOWN, COUPLE, UP = 1, 2, 4  # stages
@@ -34,8 +35,8 @@ def _kernel(blocks: int, bf16: bool, lanes: int) -> Kernel:
     down_pair, down_pair_one = (down_step(2, vectors, bf16, lanes) for vectors in (WIDE, 1))
     up_wide, up_one = (up_step(1, rows, bf16, lanes) for rows in (8, 1))
     up_pair, up_pair_one = (up_step(2, rows, bf16, lanes) for rows in (4, 1))
-    pack_s, pack_z = pack_step(1, blocks, bf16, lanes), pack_step(blocks, 1, False, lanes)
-    couple = couple_step(blocks, 1, 1, False, lanes)
+    pack_s, pack_z = pack_step(blocks, blocks, bf16, lanes), pack_step(blocks, 1, False, lanes)
+    couple = couple_rows(blocks, 1, False, lanes)
     couplings, inputs = scratch(blocks * blocks, lanes), scratch(blocks, lanes)
     size, wait = 2 if bf16 else 4, barrier()
 
@@ -80,17 +81,14 @@ def _kernel(blocks: int, bf16: bool, lanes: int) -> Kernel:
             if index >= vectors:
                 break
             k = min(index * lanes, r - lanes)
-            for i in range(blocks):
-                row = s + i * blocks * v_row + k * size
-                pack_s((packed_s + i * blocks * lanes * 4, row, v_row, v_row))
+            pack_s((packed_s, s + k * size, blocks * v_row, v_row))
             for t in range(tokens):
                 pack_z((packed_z, z + t * z_token + k * 4, z_block, z_token))
+                at = w + t * w_token + index * lanes * 4
+                couple(packed_z, packed_s, at, w_block, w_token)
                 for i in range(blocks):
-                    at = w + i * w_block + t * w_token + index * lanes * 4
-                    si = packed_s + i * blocks * lanes * 4
-                    couple((packed_z, si, at, w_block, w_token))
                     for lane in range(index * lanes - k):
-                        put_zero(at + lane * 4)
+                        put_zero(at + i * w_block + lane * 4)
         wait()
         tasks = (p + ROWS - 1) // ROWS
         last = (r - lanes) * size

@@ -23,7 +23,6 @@ from blast_search.kernels.vectors import (
     floats,
     load,
     load_scalar,
-    multiply_add,
     offset,
     store,
     store_scalar,
@@ -49,7 +48,9 @@ def couple_step(blocks: int, rows: int, tokens: int, bf16: bool, lanes: int = LA
             for t in range(tokens):
                 value = _packed(builder, z, t * blocks + j, lanes)
                 for i, factor in enumerate(factors):
-                    sums[i, t] = multiply_add(builder, factor, value, sums.get((i, t)))
+                    product = builder.fmul(factor, value, flags=("fast",))
+                    old = sums.get((i, t))
+                    sums[i, t] = builder.fadd(old, product, flags=("fast",)) if old else product
         for (i, t), value in sums.items():
             store(builder, value, offset(builder, w, (i, block), (t, token)), bf16)
 
@@ -87,9 +88,9 @@ def outer_step(rows: int, columns: int, bf16: bool) -> Any:
             at_g, at_z = offset(builder, g, (t, token)), offset(builder, z, (t, token))
             left = [load(builder, offset(builder, at_g, (i, block)), bf16) for i in range(rows)]
             places = [offset(builder, at_z, (j, block)) for j in range(columns)]
-            return _products(builder, left, [load(builder, place, bf16) for place in places])
+            return products(builder, left, [load(builder, place, bf16) for place in places])
 
-        sums = _sum_loop(builder, count, rows, columns, body)
+        sums = sum_loop(builder, count, rows, columns, body)
         for i in range(rows):
             for j in range(columns):
                 store(builder, sums[i][j], offset(builder, s, (i, s_row), (j, s_block)), False)
@@ -113,9 +114,9 @@ def down_step(tokens: int, vectors: int, bf16: bool, lanes: int) -> Any:
             places = [offset(builder, at_x, (t, x_token)) for t in range(tokens)]
             steps = [offset(builder, at_v, (lanes * i, size)) for i in range(vectors)]
             left = [load_scalar(builder, place, bf16, lanes) for place in places]
-            return _products(builder, left, [load(builder, step, bf16, lanes) for step in steps])
+            return products(builder, left, [load(builder, step, bf16, lanes) for step in steps])
 
-        sums = _sum_loop(builder, count, tokens, vectors, body, lanes)
+        sums = sum_loop(builder, count, tokens, vectors, body, lanes)
         four = ir.Constant(I64, 4)
         for t in range(tokens):
             for i in range(vectors):
@@ -147,11 +148,9 @@ def up_step(tokens: int, rows: int, bf16: bool, lanes: int) -> Any:
             places = [offset(builder, at_w, (t, w_token)) for t in range(tokens)]
             left = [load(builder, place, False, lanes) for place in places]
             places = [offset(builder, at_u, (p, u_row)) for p in range(rows)]
-            return _products(
-                builder, left, [load(builder, place, bf16, lanes) for place in places]
-            )
+            return products(builder, left, [load(builder, place, bf16, lanes) for place in places])
 
-        sums = _sum_loop(builder, count, tokens, rows, body, lanes)
+        sums = sum_loop(builder, count, tokens, rows, body, lanes)
         totals = [[sum_lanes(builder, value) for value in row] for row in sums]
         biased = builder.icmp_signed("!=", bias, ir.Constant(I64, 0))
         # Where there is no bias, anything readable is read and not used.
@@ -172,21 +171,22 @@ def _packed(builder: Builder, base: Value, index: int, lanes: int) -> Value:
     return load(builder, builder.add(base, ir.Constant(I64, 4 * lanes * index)), False, lanes)
 
 
-def _products(
-    builder: Builder, left: Sequence[Value], right: Sequence[Value]
-) -> list[list[Value]]:
+def products(builder: Builder, left: Sequence[Value], right: Sequence[Value]) -> list[list[Value]]:
     return [[builder.fmul(x, y, flags=("fast",)) for y in right] for x in left]
 
 
-def _sum_loop(
+def sum_loop(
     builder: Builder,
     count: Value,
     rows: int,
     columns: int,
     body: Callable[[Value], list[list[Value]]],
     lanes: int = LANES,
+    starts: Sequence[Sequence[Value]] | None = None,
 ) -> list[list[Value]]:
-    """Sums over index = 0 .. count - 1 (count >= 1) of what `body` emits for an index."""
+    """`starts`, or zeros, and what `body` emits for index = 0 .. count - 1 (count >= 1)."""
+    zero = ir.Constant(floats(lanes), [0.0] * lanes)
+    starts = starts or [[zero] * columns] * rows
     before = builder.block
     loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
     builder.branch(loop)
@@ -199,10 +199,10 @@ def _sum_loop(
         [builder.fadd(total, term, flags=("fast",)) for total, term in zip(*pair, strict=True)]
         for pair in zip(sums, terms, strict=True)
     ]
-    for phis, values in zip(sums, totals, strict=True):
-        for phi, value in zip(phis, values, strict=True):
-            phi.add_incoming(ir.Constant(floats(lanes), [0.0] * lanes), before)
-            phi.add_incoming(value, loop)
+    for row in zip(sums, starts, totals, strict=True):
+        for phi, start, total in zip(*row, strict=True):
+            phi.add_incoming(start, before)
+            phi.add_incoming(total, loop)
     following = builder.add(index, ir.Constant(I64, 1))
     index.add_incoming(following, loop)
     builder.cbranch(builder.icmp_signed("<", following, count), loop, done)

@@ -17,7 +17,6 @@ from numba.extending import intrinsic
 
 LANES = 8  # floats per vector: one AVX register, two NEON ones, half an AVX-512 one
 I64 = ir.IntType(64)
-F32S = ir.VectorType(ir.FloatType(), LANES)
 
 Builder = Any  # llvmlite.ir.IRBuilder
 Value = Any  # llvmlite.ir.Value
@@ -141,12 +140,6 @@ def define(emit: Callable[[Builder, Sequence[Value]], None]) -> Any:
         return types.void(values), codegen
 
     return generated
-
-
-def multiply_add(builder: Builder, x: Value, y: Value, total: Value | None) -> Value:
-    """total + x y, rounded once where the CPU can; x y if there is no total yet."""
-    product = builder.fmul(x, y, flags=("fast",))
-    return product if total is None else builder.fadd(total, product, flags=("fast",))
 
 
 def scratch(vectors: int, lanes: int = LANES) -> Any:
