@@ -20,7 +20,6 @@ from blast_search.errors import UsageError
 from blast_search.evaluate import Task, size_ratios
 from blast_search.finish import Finish
 from blast_search.pipeline import Pipeline, opened
-from blast_search.plan import Plan
 from blast_search.progress import SILENT, Reporter
 from blast_search.runfolder import digest
 from blast_search.settings import Settings
@@ -117,11 +116,11 @@ def _judged(
     settings, p = pipeline.settings, pipeline.prepared
     assert isinstance(settings, CompareSettings)
     assert settings.budget is not None
-    steps = finish.steps(decision.winner, len(contenders) * settings.seeds)
+    steps = finish.models.steps(decision.winner, len(contenders) * settings.seeds)
     seeds = range(settings.seed, settings.seed + settings.seeds) if steps else range(0)
     rows = [Row("dense", "the model as it was", True, pipeline.dense_metric)]
     for name, contender in contenders.items():
-        before = finish.metric(contender, _plan())
+        before = finish.models.metric(contender)
         after = tuple(_retrained(finish, name, contender, steps, seed) for seed in seeds)
         macs, params = size_ratios(p.layers, contender.choices, finish.params, finish.macs)
         keys = {layer: c.key for layer, c in contender.choices.items()}
@@ -149,12 +148,8 @@ def _retrained(finish: Finish, name: str, c: Contender, steps: int, seed: int) -
     """The metric after retraining with one seed; equal plans share it."""
     kind = f"retrained {steps} steps, seed {seed}"
     key = f"{name}, seed {seed}"
-    train = lambda: finish.trained(key, c, _plan(), steps, seed)[1]  # noqa: E731
+    train = lambda: finish.models.trained(key, c, steps, seed)[1]  # noqa: E731
     return float(finish.records.once(kind, digest(c.choices), key, train))
-
-
-def _plan() -> Plan:
-    return Plan(model={}, layers={})
 
 
 def described(contender: Contender) -> str:

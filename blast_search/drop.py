@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,7 +40,7 @@ def within_drop(finish: Finish, dense: Timing, storage: Storage) -> Decision:
         return replace(decision, winner=best, met=True, weights={})
     if decision.winner.choices != best.choices:
         return replace(decision, baselines=decision.baselines | {KEY: best})
-    _rename(finish, KEY, "searched", best)
+    finish.models.rename(KEY, "searched", best)
     return decision
 
 
@@ -67,7 +66,7 @@ def _bisect(finish: Finish, dense: Timing) -> Contender | None:
         engine.note_point(f"exact {middle:.2f}", contender.choices, loss)
         if drop <= limit:
             best, high = replace(contender, name=KEY), contender.ratio
-            _rename(finish, "round", KEY, contender)
+            finish.models.rename("round", KEY, contender)
         else:
             low = middle
     return best
@@ -79,15 +78,7 @@ def _value(finish: Finish, contender: Contender, target: float) -> float:
         ly.name: LayerPlan.of(ly, contender.choices[ly.name]) for ly in finish.prepared.layers
     }
     plan = Plan(model={}, layers=layers, budget={"layer_target": target})
-    steps = finish.steps(contender, ROUNDS + AFTER)
+    steps = finish.models.steps(contender, ROUNDS + AFTER)
     if not steps:
-        return finish.metric(contender, plan)
-    return finish.retrained("round", contender, plan, steps, weights=False)
-
-
-def _rename(finish: Finish, source: str, target: str, contender: Contender) -> None:
-    """Keep a contender's retrained model under another name, if it is there."""
-    if finish.holds(source, contender):
-        models = finish.folder / "models"
-        shutil.rmtree(models / target, ignore_errors=True)
-        (models / source).rename(models / target)
+        return finish.models.metric(contender)
+    return finish.models.retrained("round", contender, plan, steps, weights=False)

@@ -315,7 +315,7 @@ def test_the_bisection_tightens_and_relaxes_in_both_directions_of_a_metric(
     monkeypatch.setattr(drop, "meet", built)
     ratios = []
 
-    def metric(contender: Contender, plan: bs.Plan) -> float:
+    def metric(contender: Contender) -> float:
         ratios.append(contender.ratio)
         return 1.0 - (1 - contender.ratio) if higher else 1.0 + (1 - contender.ratio)
 
@@ -323,8 +323,8 @@ def test_the_bisection_tightens_and_relaxes_in_both_directions_of_a_metric(
         prepared=SimpleNamespace(task=SimpleNamespace(metric=("m", higher)), layers=[]),
         engine=SimpleNamespace(exact=None, true_loss=lambda *_: 0.0, note_point=lambda *_: None),
         settings=SimpleNamespace(max_drop=0.3), pipeline=SimpleNamespace(dense_metric=1.0),
-        report=SimpleNamespace(say=lambda _: None), steps=lambda *_: 0, metric=metric,
-        holds=lambda *_: False,
+        report=SimpleNamespace(say=lambda _: None),
+        models=SimpleNamespace(steps=lambda *_: 0, metric=metric, rename=lambda *_: None),
     )  # fmt: skip
     best = drop._bisect(finish, None)  # type: ignore[arg-type]
     assert ratios == [0.5, 0.75, 0.625, 0.6875, 0.71875]

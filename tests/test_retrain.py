@@ -14,7 +14,7 @@ from torch import nn
 from toy import ToyTask
 
 import blast_search as bs
-from blast_search import finish
+from blast_search import models
 from blast_search.batches import anywhere, to_device
 from blast_search.engine import Contender
 from blast_search.errors import IncompatibleInputError, UsageError
@@ -127,8 +127,8 @@ def test_fused_transformer_layers_are_counted():
     assert count_macs(layer, [Workload("w", x)]) == linear + 10 * (4 * 32 * 32 + 2 * 5 * 32)
 
 
-class Contenders(finish.Finish):
-    """What Finish needs of a run to retrain one contender and judge it."""
+class Contenders(models.Models):
+    """What Models needs of a run to retrain one contender and judge it."""
 
     def __init__(self, folder: Path) -> None:
         self.model, dense = compressed(torch.float32)
@@ -137,7 +137,7 @@ class Contenders(finish.Finish):
         self.records, self.report = RunFolder(folder), Reporter(0)
         self.folder = folder
 
-    def build(self, contender, plan) -> nn.Module:
+    def build(self, contender, plan=None) -> nn.Module:
         return copy.deepcopy(self.model)
 
 
@@ -155,7 +155,7 @@ def rates(monkeypatch) -> list[float]:
         seen.append(rate)
         return retrain(task, model, teacher, steps, seed, rate, *rest)
 
-    monkeypatch.setattr(finish, "retrain", noted)
+    monkeypatch.setattr(models, "retrain", noted)
     return seen
 
 
@@ -167,10 +167,10 @@ def test_retraining_that_harms_is_tried_at_a_lower_rate_if_there_is_time(
     tmp_path: Path, monkeypatch, rates: list[float], limit: float | None, count: int
 ):
     monkeypatch.setattr(ToyTask, "learning_rate", 0.3, raising=False)
-    monkeypatch.setattr(finish, "SLOWER", 1000)
+    monkeypatch.setattr(models, "SLOWER", 1000)
     some = Contenders(tmp_path)
     some.settings.time_limit = limit  # type: ignore[misc]
-    model, value = some.trained("some", CONTENDER, None, 20, 0)  # type: ignore[arg-type]
+    model, value = some.trained("some", CONTENDER, 20, 0)  # type: ignore[arg-type]
     assert rates == [0.3, 3e-4][:count]
     before = evaluate(ToyTask(), some.model)
     assert value == evaluate(ToyTask(), model)
@@ -180,14 +180,14 @@ def test_retraining_that_harms_is_tried_at_a_lower_rate_if_there_is_time(
 def test_retraining_that_harms_at_any_rate_is_not_kept(tmp_path: Path, monkeypatch, rates):
     monkeypatch.setattr(ToyTask, "learning_rate", 10.0, raising=False)
     some = Contenders(tmp_path)
-    model, value = some.trained("some", CONTENDER, None, 2, 0)  # type: ignore[arg-type]
+    model, value = some.trained("some", CONTENDER, 2, 0)  # type: ignore[arg-type]
     assert rates == [10.0, 2.5]
     assert value == evaluate(ToyTask(), some.model) == evaluate(ToyTask(), model)
     monkeypatch.setattr(ToyTask, "loss", lambda self, m, b, t: m(b).sum() * float("nan"))
-    model, value = some.trained("some", CONTENDER, None, 2, 0)  # type: ignore[arg-type]
+    model, value = some.trained("some", CONTENDER, 2, 0)  # type: ignore[arg-type]
     assert value == evaluate(ToyTask(), model)  # nor one that fails
 
 
 def test_a_metric_that_is_not_finite_loses(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(ToyTask, "evaluate", lambda self, model: float("nan"))
-    assert Contenders(tmp_path).metric(CONTENDER, None) == -BROKEN  # type: ignore[arg-type]
+    assert Contenders(tmp_path).metric(CONTENDER) == -BROKEN  # type: ignore[arg-type]
