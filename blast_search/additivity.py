@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 
 from blast_search import solver, study
 from blast_search.deadline import Deadline
-from blast_search.engine import AIM, Engine
+from blast_search.engine import Engine
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
 from blast_search.space import LayerSpec, ties_of
@@ -70,7 +70,7 @@ def check(
         (empty: the plain scores stay).
     """
     count = min(BATCHES, len(engine.order))
-    plans = random_plans(engine, AIM * target, built, seed)
+    plans = random_plans(engine, engine.aim * target, built, seed)
     with engine.report.stage("random plans", len(plans)) as advance:
         answers = engine.judged("random", plans, count, deadline=deadline, advance=advance)
     known = [(plan, fmean(losses)) for plan, losses in zip(plans, answers, strict=True) if losses]

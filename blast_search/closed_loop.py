@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 
-from blast_search.engine import AIM, Contender, Engine
+from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
@@ -19,16 +19,19 @@ Make = Callable[[float], Choices]  # predicted ratio -> choices; InfeasibleBudge
 
 
 def meet(
-    engine: Engine, name: str, make: Make, target: float, aim: float = AIM
+    engine: Engine, name: str, make: Make, target: float, aim: float | None = None
 ) -> Contender | None:
     """Solve, build, time, correct, solve again, until the *measured* ratio meets `target`.
+
+    Args:
+        aim: the share of the target to solve for; default: `engine.aim`.
 
     Returns:
         The slowest plan within the target (the best use of the budget), else the fastest
         one measured, with feasible=False; None if nothing could be solved for.
     """
     with engine.report.stage(f"build and time {name}", ROUNDS) as advance:
-        return _meet(engine, make, name, target, aim, advance)
+        return _meet(engine, make, name, target, aim or engine.aim, advance)
 
 
 def _meet(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from blast_search import additivity
 from blast_search.closed_loop import CLOSE, Make, bounded, meet
 from blast_search.deadline import Deadline
-from blast_search.engine import AIM, Contender, Engine
+from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
@@ -130,7 +130,7 @@ def decide(
             + ", ".join(f"{key} {value:.4f}" for key, value in behind.items())
         )
     winner, make = pool[name]
-    decision = _final(engine, winner, make, baselines, target, dense, done)
+    decision = final(engine, winner, make, baselines, target, dense, done)
     return _not_worse(engine, replace(decision, weights=weights if name == "searched" else {}))
 
 
@@ -196,7 +196,7 @@ def uniform_contenders(engine: Engine, target: float) -> dict[str, Contender]:
     return found
 
 
-def _final(
+def final(
     engine: Engine,
     winner: Contender,
     make: Make,
@@ -210,7 +210,7 @@ def _final(
     A winner over it is tightened.  One that leaves much of it unused, because the timings before
     were pessimistic, gets a larger rival; of the two the one of less true loss stays.
     """
-    aim, best = AIM, None
+    aim, best = engine.aim, None
     for round_ in range(FINAL_ROUNDS):
         contenders = {"searched": winner} | baselines
         timings = engine.time(
@@ -254,7 +254,7 @@ def _larger(engine: Engine, winner: Contender, make: Make, target: float) -> Con
         return None
     asked = engine.latency.asked_correction(winner.choices, winner.ratio)
     engine.latency.correction = bounded(asked)
-    choices = make(AIM * target)
+    choices = make(engine.aim * target)
     if digest(choices) == digest(winner.choices):
         return None
     engine.report.detail(f"  final timing {winner.ratio:.3f} leaves room below {target:.3f}")

@@ -33,6 +33,7 @@ from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace, ties_of
 from blast_search.tables import Option, ScoreTable, layer_options
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
+EXACT = 0.9999  # where nothing is noisy: multiply-adds, parameters
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,11 @@ class Engine:
     @property
     def by_time(self) -> bool:
         return self.scope in ("layers", "model")
+
+    @property
+    def aim(self) -> float:
+        """The share of a budget that plans are solved for."""
+        return AIM if self.by_time else EXACT
 
     def predicted_ratio(self, choices: Choices) -> float | None:
         """The layers' cost under a plan relative to dense: time, or MACs or parameters."""

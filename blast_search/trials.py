@@ -16,7 +16,7 @@ from typing import Any
 
 from blast_search import study
 from blast_search.deadline import Deadline
-from blast_search.engine import AIM, Engine
+from blast_search.engine import Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.hull import grouped
 from blast_search.moves import moves
@@ -63,7 +63,7 @@ class Trials:
     """Trials of one run at one target."""
 
     def __init__(self, engine: Engine, target: float, storage: study.Storage, seed: int) -> None:
-        self.engine, self.ratio, self.target = engine, AIM * target, target
+        self.engine, self.ratio, self.target = engine, engine.aim * target, target
         self.groups = study.parameter_groups(engine.layers)
         parameters = sorted({g for names in self.groups.values() for g in names})
         self.study = study.Study(parameters, storage, seed)

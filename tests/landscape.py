@@ -14,6 +14,7 @@ import numpy as np
 
 from blast_search import solver
 from blast_search.deadline import FOREVER, Deadline
+from blast_search.engine import AIM
 from blast_search.judge import HOPELESS
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
@@ -52,6 +53,7 @@ class Landscape:
             self.hidden[layer.name] = factor * 2.0 ** rng.normal(0, single)
         self.by_key = {(n, o.candidate): o for n, items in self.table.items() for o in items}
         self.dense_cost = 100.0 * len(self.layers)
+        self.aim = AIM
         self.order = [0, 1, 2, 3]
         self.batch_factors = 1 + 0.1 * rng.normal(0, 1, 4)
         self.report, self.scorer = Silent(), self

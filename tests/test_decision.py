@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from landscape import Silent
 
-from blast_search.decision import _final, _searched
-from blast_search.engine import Contender
+from blast_search.decision import _searched, final
+from blast_search.engine import AIM, Contender
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.space import Candidate
@@ -31,6 +31,7 @@ class World:
     timed: list[int] = field(default_factory=list)
     rounds: list[Any] = field(default_factory=list)
     by_time: bool = True
+    aim: float = AIM
 
     def __post_init__(self) -> None:
         self.latency.asked_correction = lambda choices, ratio: 1000 * ratio / rank(choices)
@@ -54,7 +55,7 @@ class World:
 
     def final(self, start: int) -> Any:
         winner = Contender("searched", plan(start), TIMING, 0.29, True)
-        return _final(self, winner, self.exact, {}, TARGET, TIMING, 0)  # type: ignore[arg-type]
+        return final(self, winner, self.exact, {}, TARGET, TIMING, 0)  # type: ignore[arg-type]
 
 
 class Loud(Silent):
