@@ -15,6 +15,7 @@ from blast_search.decision import Decision
 from blast_search.engine import Contender, Engine
 from blast_search.evaluate import describe_workloads, size_ratios
 from blast_search.files import write_rows
+from blast_search.filling import FILLED
 from blast_search.latency_model import error_statistics
 from blast_search.model_latency import Timing
 from blast_search.noise import table_noise
@@ -163,11 +164,16 @@ class Describer:
         """Where the plan came from, in one plain sentence."""
         if chosen.all_dense:
             return "Keep this model dense: no plan within the budgets is faster on this device."
+        when, values = ("after", after) if after else ("before", metrics)
+        found = f", {when} retraining {values['searched']:.4f}" if "searched" in values else ""
         if chosen.name.startswith("uniform"):
-            when = "after" if after else "before"
-            values = after or metrics
-            found = f", {when} retraining {values['searched']:.4f}" if "searched" in values else ""
             return f"No searched plan{found} beat the {chosen.name} plan, so that one was taken."
+        if chosen.name.startswith(FILLED):
+            return (
+                f"No searched plan{found} beat the {chosen.name.removeprefix(FILLED).strip()} "
+                "plan; what that one left of the budget went to single layers, which was better "
+                "still."
+            )
         return f"The plan came from the {chosen.name} stage of the search. {self.trials_paid()}"
 
     def trials_paid(self) -> str:

@@ -232,6 +232,15 @@ class Engine:
             for ly in self.layers
         }
 
+    def option(self, layer: LayerSpec, candidate: Candidate) -> Option:
+        """One option as `options` has them, also of a rank off the grid."""
+        loss = max(self.scorer.score(layer, candidate).loss, 0.0)
+        if not self.by_time:
+            return Option(candidate, self.size(layer, candidate), loss)
+        cost = self.latency.cost(layer.name, candidate)
+        assert cost is not None, "every plan is made of measured block counts"
+        return Option(candidate, cost * self.latency.factor(candidate), loss)
+
     @property
     def dense_cost(self) -> float:
         """What all searched layers cost dense, in the unit of `options`."""

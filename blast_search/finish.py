@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from blast_search.evaluate import (
     worse_by,
 )
 from blast_search.files import make_folder, sha256_json
+from blast_search.filling import FILLED, filled
 from blast_search.model_latency import Timing
 from blast_search.models import Models
 from blast_search.plan import FrontPoint, Plan
@@ -108,6 +110,13 @@ class Finish:
         steps = 0 if winner.all_dense else self.models.steps(winner, len(contenders))
         after = self.after(decision, contenders, steps)
         key = self.best(contenders, after or metrics)
+        if larger := self.filled(decision, contenders[key]):
+            contenders[FILLED] = larger
+            decision = replace(decision, baselines=decision.baselines | {FILLED: larger})
+            points = engine.settled_points(winner, list(decision.baselines.values()))
+            metrics[FILLED] = self.models.metric(larger)
+            after |= self.after(decision, {FILLED: larger}, steps)
+            key = self.best(contenders, after or metrics)
         self.pipeline.seconds["retrain"] = round(time.monotonic() - since, 1)
         error = self.drop_error((after or metrics)[key])
         plan = self.describer.plan(decision, contenders[key], metrics, after, error is None)
@@ -129,6 +138,13 @@ class Finish:
             for key, c in contenders.items()
             if steps
         }
+
+    def filled(self, decision: Decision, best: Contender) -> Contender | None:
+        """A larger plan made of a uniform one that won (filling.py), where there is time."""
+        asked = self.settings.budget is not None and self.settings.time_limit is None
+        if not asked or not best.name.startswith("uniform"):
+            return None
+        return filled(self.engine, decision, best)
 
     def best(self, contenders: dict[str, Contender], values: dict[str, float]) -> str:
         """The contender within the budget with the best metric; the searched plan wins ties.

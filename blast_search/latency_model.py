@@ -97,9 +97,12 @@ class LatencyModel:
 
         def usage(part: LatencyModel) -> Callable[[str, Candidate], float]:
             called = {layer.name for layer in part.layers}
-            return lambda name, candidate: (
-                part.costs(name)[candidate] * self.factor(candidate) if name in called else 0.0
-            )
+
+            def of(name: str, candidate: Candidate) -> float:
+                cost = part.cost(name, candidate) if name in called else None
+                return (cost or 0.0) * self.factor(candidate)
+
+            return of
 
         return [
             Limit(f"workload {name}", usage(part), ratio * part.dense_us)
@@ -112,7 +115,7 @@ class LatencyModel:
         dense_us = self.dense_us  # a sum over all layers
         for layer in self.layers:
             candidate = choices.get(layer.name, DENSE)
-            cost = self._cost(layer.name, candidate)
+            cost = self.cost(layer.name, candidate)
             if cost is None:
                 return None
             b = candidate.num_blocks
@@ -129,7 +132,8 @@ class LatencyModel:
                 asked.append((measured - shares.get(0, 0.0)) / variable)
         return min(asked, default=1.0)
 
-    def _cost(self, name: str, candidate: Candidate) -> float | None:
+    def cost(self, name: str, candidate: Candidate) -> float | None:
+        """A layer's time, uncorrected, linear between measured ranks; None: b never measured."""
         costs = self.costs(name)
         if candidate in costs:
             return costs[candidate]

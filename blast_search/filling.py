@@ -1,0 +1,58 @@
+"""What a winning uniform plan leaves of the budget goes to single layers.
+
+A uniform plan comes in few sizes: the largest one within the budget was seen to leave a tenth of
+it unused.  The filled plan gives every layer a candidate that is predicted to lose no more than
+the uniform plan's, and is solved for the whole budget.
+"""
+
+from __future__ import annotations
+
+from blast_search import solver
+from blast_search.closed_loop import CLOSE, bounded, meet
+from blast_search.decision import Decision, final
+from blast_search.engine import Contender, Engine
+from blast_search.plan import Choices
+from blast_search.space import ties_of
+from blast_search.tables import Option
+
+FILLED = "filled"
+
+
+def filled(engine: Engine, decision: Decision, uniform: Contender) -> Contender | None:
+    """The uniform plan filled up, and timed; None where it leaves little or nothing fits."""
+    target = decision.target
+    if engine.space.uniform or uniform.all_dense or not uniform.ratio < CLOSE * target:
+        return None
+
+    def make(ratio: float) -> Choices:
+        solution = solver.solve(
+            no_worse(engine, uniform.choices), ratio * engine.dense_cost,
+            ties=ties_of(engine.layers), limits=engine.latency.limits(ratio),
+        )  # fmt: skip
+        return solution.choices
+
+    asked = engine.latency.asked_correction(uniform.choices, uniform.ratio)
+    engine.latency.correction = bounded(asked)
+    name = f"{FILLED} {uniform.name}"
+    found = meet(engine, name, make, target)
+    if found is None or not found.feasible or found.choices == uniform.choices:
+        return None
+    timed = final(engine, found, make, {}, target, decision.dense, decision.trials).winner
+    if not timed.feasible or timed.choices == uniform.choices:
+        return None
+    engine.note_point(name, timed.choices, engine.true_loss(name, timed.choices))
+    return timed
+
+
+def no_worse(engine: Engine, plan: Choices) -> dict[str, list[Option]]:
+    """What the solver may choose, as far as a layer is predicted to lose no more than in `plan`.
+
+    The plan's own candidates may be off the grid of ranks, or dominated: they come in again, so
+    that the plan itself can be chosen.
+    """
+    options = {}
+    for layer in engine.layers:
+        own = engine.option(layer, plan[layer.name])
+        found = [o for o in engine.options()[layer.name] if o.loss <= own.loss]
+        options[layer.name] = [o for o in found if o.candidate != own.candidate] + [own]
+    return options
