@@ -30,7 +30,7 @@ import yaml
 
 from blast_search.closed_loop import meet
 from blast_search.compare import compare
-from blast_search.contenders import Entry, timed_plan
+from blast_search.contenders import Entry, solved, timed_plan
 from blast_search.engine import AIM, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.plan import Choices
@@ -100,10 +100,8 @@ def sampled(engine: Engine, name: str, sampler, target: float, evaluations: int)
             raise InfeasibleBudgetError(f"{name} found no plan with a ratio of {ratio:.3f}.")
         return min(fitting, key=lambda item: item[0])[1]
 
-    def again(aim: float):
-        return meet(engine, name, make, target, aim)
-
-    return Entry(again(AIM) or timed_plan(engine, name, fastest[1], target), again)
+    found = meet(engine, name, make, target) or timed_plan(engine, name, fastest[1], target)
+    return solved(engine, found, make, target)
 
 
 def extra(seed: int):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blast_search.closed_loop import CLOSE, TIMING_SECONDS, Make, meet
-from blast_search.decision import FINAL_ROUNDS, FINAL_SECONDS, Decision
+from blast_search.decision import FINAL_ROUNDS, FINAL_SECONDS, Decision, larger
 from blast_search.engine import AIM, Contender, Engine
 from blast_search.plan import Choices
 from blast_search.space import DENSE, Candidate
@@ -24,12 +24,21 @@ Ladder = Sequence[Choices]
 Again = Callable[[float], Contender | None]
 
 
+Larger = Callable[[Contender], Contender | None]
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One contender; `again` finds its kind's plan for another share of the target, if any."""
+    """One contender, and how to get others of its kind.
+
+    Attributes:
+        again: its kind's plan for another share of the target, built and timed.
+        larger: the plan that should fill the target, going by this one's timing; not timed.
+    """
 
     contender: Contender
     again: Again | None = None
+    larger: Larger | None = None
 
 
 Extra = Callable[[Engine, float, int], Mapping[str, Entry]]  # target, loss evaluations so far
@@ -54,12 +63,15 @@ def line_up(engine: Engine, decision: Decision) -> dict[str, Entry]:
             entries[name] = found
     entries["exact plan"] = _exact(engine, target)
     winner, make = decision.winner, decision.make
-    again = _solve_again(engine, winner.name, make, target) if make else None
-    return entries | {"full search": Entry(winner, again)}
+    searched = solved(engine, winner, make, target) if make else Entry(winner)
+    return entries | {"full search": searched}
 
 
 def level(engine: Engine, entries: Mapping[str, Entry], target: float) -> dict[str, Contender]:
     """Time all contenders side by side; those over the target get smaller plans, and again.
+
+    Single timings before may have been pessimistic: once, those that leave room get larger plans,
+    which they lose again if they do not hold.
 
     Returns:
         The contenders with their final timing.  One whose kind has no smaller plan stays over the
@@ -68,7 +80,8 @@ def level(engine: Engine, entries: Mapping[str, Entry], target: float) -> dict[s
     entries = dict(entries)
     aims = dict.fromkeys(entries, AIM)
     timed: dict[str, Contender] = {}
-    for last in [False] * (FINAL_ROUNDS - 1) + [True]:
+    held: dict[str, Contender] = {}  # the plans before, of contenders that got larger ones
+    for round_ in range(FINAL_ROUNDS):
         plans = {name: e.contender.choices for name, e in entries.items()}
         timings = engine.time("side by side", plans, FINAL_SECONDS * max(1.0, len(plans) / 3))
         for (name, e), timing in zip(entries.items(), timings, strict=True):
@@ -76,14 +89,20 @@ def level(engine: Engine, entries: Mapping[str, Entry], target: float) -> dict[s
             timed[name] = replace(
                 e.contender, timing=timing, ratio=ratio, feasible=ratio <= target
             )
-        over = [] if last else [name for name, c in timed.items() if not c.feasible]
+        if round_ == FINAL_ROUNDS - 1:
+            break
         changed = False
-        for name in over:
-            aims[name] *= min(0.99, target / timed[name].ratio)
-            again = entries[name].again
-            smaller = again(aims[name]) if again else None
-            if smaller and smaller.choices != timed[name].choices:
-                entries[name] = replace(entries[name], contender=smaller)
+        for name, c in timed.items():
+            entry, new = entries[name], None
+            if not c.feasible and name in held:
+                new = held.pop(name)
+            elif not c.feasible:
+                aims[name] *= min(0.99, target / c.ratio)
+                new = entry.again(aims[name]) if entry.again else None
+            elif round_ == 0 and entry.larger and (new := entry.larger(c)):
+                held[name] = c
+            if new and new.choices != c.choices:
+                entries[name] = replace(entry, contender=new)
                 changed = True
         if not changed:
             break
@@ -92,19 +111,21 @@ def level(engine: Engine, entries: Mapping[str, Entry], target: float) -> dict[s
 
 def _exact(engine: Engine, target: float) -> Entry:
     """The exact plan as `decide` found it: the same steps, so its timings are on file."""
-    again = _solve_again(engine, "exact", engine.exact, target)
-    contender = again(AIM)
+    engine.latency.correction = 1.0
+    contender = meet(engine, "exact", engine.exact, target)
     if contender is None:
         contender = timed_plan(engine, "fastest", engine.fastest(), target)
-    return Entry(contender, again)
+    return solved(engine, contender, engine.exact, target)
 
 
-def _solve_again(engine: Engine, name: str, make: Make, target: float) -> Again:
+def solved(engine: Engine, contender: Contender, make: Make, target: float) -> Entry:
+    """A contender whose kind comes from `make`."""
+
     def again(aim: float) -> Contender | None:
         engine.latency.correction = 1.0
-        return meet(engine, name, make, target, aim)
+        return meet(engine, contender.name, make, target, aim)
 
-    return again
+    return Entry(contender, again, lambda c: larger(engine, c, make, target))
 
 
 # ---- ladders ----------------------------------------------------------------------------------
@@ -121,7 +142,11 @@ def best_of(engine: Engine, name: str, ladders: Sequence[Ladder], target: float)
     if not found:
         return None
     _, _, contender, best = min(found, key=lambda item: item[:2])
-    return Entry(contender, lambda aim: climb(engine, name, best, target, aim))
+    return Entry(
+        contender,
+        lambda aim: climb(engine, name, best, target, aim),
+        lambda c: higher(engine, c, best, target),
+    )
 
 
 def climb(engine: Engine, name: str, ladder: Ladder, target: float, aim: float = AIM) -> Contender:
@@ -153,6 +178,13 @@ def climb(engine: Engine, name: str, ladder: Ladder, target: float, aim: float =
             if within - over <= 1 or CLOSE * wanted <= ratio <= wanted:
                 break
     return tried.get(within) or min(tried.values(), key=lambda c: c.ratio)
+
+
+def higher(engine: Engine, c: Contender, ladder: Ladder, target: float) -> Contender | None:
+    """As `larger` (decision.py), on a ladder: time is taken to be proportional to size."""
+    wanted = AIM * target / c.ratio * _size(engine, c.choices)
+    found = next((plan for plan in ladder if _size(engine, plan) <= wanted), c.choices)
+    return None if c.ratio >= CLOSE * target else replace(c, choices=found)
 
 
 def timed_plan(engine: Engine, name: str, choices: Choices, target: float) -> Contender:

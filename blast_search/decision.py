@@ -227,7 +227,7 @@ def final(
         decision = Decision(winner, timed, target, timings[0], trials, winner.feasible, make)
         if winner.feasible:
             best = _better(engine, best, decision)
-            again = _larger(engine, winner, make, target) if round_ < LARGER else None
+            again = larger(engine, winner, make, target) if round_ < LARGER else None
         elif best:
             break
         else:
@@ -248,7 +248,7 @@ def _better(engine: Engine, best: Decision | None, other: Decision) -> Decision:
     return min(best, other, key=lambda d: engine.true_loss(d.winner.name, d.winner.choices))
 
 
-def _larger(engine: Engine, winner: Contender, make: Make, target: float) -> Contender | None:
+def larger(engine: Engine, winner: Contender, make: Make, target: float) -> Contender | None:
     """A plan that uses what the winner leaves of the target, if that is much; not timed yet."""
     if not engine.by_time or winner.all_dense or winner.ratio >= CLOSE * target:
         return None

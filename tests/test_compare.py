@@ -15,6 +15,7 @@ from blast_search import cli, closed_loop, contenders, decision, trials
 from blast_search.compare import compare
 from blast_search.comparison import FIELDS, Comparison, Interval, Row
 from blast_search.contenders import climb
+from blast_search.engine import Contender
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.model_latency import Timing
 from blast_search.progress import SILENT
@@ -119,6 +120,27 @@ def test_structures_out_of_reach_are_shown_over_the_budget(tmp_path: Path):
     assert text.count("(over)") == 1 + len(KINDS[1:])
     assert all("no comparison at equal latency" in v for v in result.verdicts)
     assert "No retraining." in text
+
+
+@pytest.mark.parametrize("real", [0.8, 1.3])
+def test_a_contender_that_leaves_room_gets_a_larger_plan_if_that_holds(real: float):
+    """Side by side, plans take 0.8 of what single timings said; above size 0.6, `real` of it."""
+    engine, ladder = fake_engine(None, [k / 100 for k in range(90, 0, -2)])
+    sizes: list[float] = []
+
+    def time(name, plans, seconds):
+        (size,) = (choices["a"].size for choices in plans.values())
+        sizes.append(size)
+        return [SimpleNamespace(ratio_layers=size * (0.8 if size <= 0.6 else real))]
+
+    engine.time = time
+    start = Contender("x", next(p for p in ladder if p["a"].size <= 0.6), None, 0.6, True)
+    entry = contenders.Entry(start, larger=lambda c: contenders.higher(engine, c, ladder, 0.6))
+    level = contenders.level(engine, {"x": entry}, 0.6)["x"]
+    assert sizes == ([0.6, 0.72] if real == 0.8 else [0.6, 0.72, 0.6])
+    assert level.choices["a"].size == sizes[-1]
+    assert level.feasible
+    assert level.ratio == pytest.approx(0.8 * sizes[-1])
 
 
 def fake_engine(latency, sizes):
