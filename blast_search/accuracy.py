@@ -117,7 +117,8 @@ def _trials(plan: Plan) -> str:
         f"{show(pick(found, 'moves'), '.0f')} moved single layers and "
         f"{show(pick(found, 'pruned'), '.0f')} were given up early. Loss at one predicted "
         f"latency: exact plan {show(pick(found, 'exact_loss'), '.4g')}, best by weights "
-        f"{show(pick(found, 'weights_loss'), '.4g')}, best by moves "
+        f"{show(pick(found, 'weights_loss'), '.4g')}, by steps along the gradient "
+        f"{show(pick(found, 'steps_loss'), '.4g')}, by moves "
         f"{show(pick(found, 'moves_loss'), '.4g')} (measured)."
     )
     return text + ("" if overhead is None else f" Overhead per trial: {overhead:.0f} ms.")

@@ -124,8 +124,8 @@ def token_mask(batch: Batch, shape: tuple[int, ...]) -> Tensor | None:
     return None
 
 
-def divergence(output: Any, reference: Any, batch: Batch) -> float:
-    """How far an output is from the dense model's: the loss that the search minimises.
+def divergence(output: Any, reference: Any, batch: Batch) -> Tensor:
+    """How far an output is from the dense model's: the loss that the search minimises, a scalar.
 
     KL(dense || compressed) in nats per position for logits; otherwise the squared error relative
     to the reference's squared norm.  Padding is left out.
@@ -138,8 +138,8 @@ def divergence(output: Any, reference: Any, batch: Batch) -> float:
     if logits:
         width = wanted.shape[-1]
         found, wanted = (t.reshape(-1, width).log_softmax(-1) for t in (found, wanted))
-        return float(F.kl_div(found, wanted, log_target=True, reduction="batchmean"))
-    return float((found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12))
+        return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+    return (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
 
 
 @torch.no_grad()
@@ -167,7 +167,7 @@ def divergences(
 ) -> Iterator[float]:
     """`divergence` of one calibration batch after another."""
     for batch, reference in zip(batches, references, strict=True):
-        yield divergence(call_model(model, to_device(batch, model)), reference, batch)
+        yield float(divergence(call_model(model, to_device(batch, model)), reference, batch))
 
 
 def spread(count: int) -> list[int]:

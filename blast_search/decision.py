@@ -157,20 +157,21 @@ def _not_worse(engine: Engine, decision: Decision) -> Decision:
 def _searched(
     engine: Engine, ratio: float, tuned: Tuned | None, weights: Mapping[str, float]
 ) -> Choices:
-    """The best plan of the trials where it fits the ratio, else the exact one of its weights.
+    """The best plan of the trials where it fits the ratio, else one near it that does.
 
     The trials were solved with the correction of their time: where a later one leaves their best
-    plan far below the ratio, its weights make a larger plan.
+    plan far below the ratio, a larger plan near it takes its place.
     """
-    if tuned:
-        predicted = engine.predicted_ratio(tuned.choices)
-        if predicted is not None and predicted <= ratio * (1 + 1e-9):
-            if predicted >= CLOSE * ratio:
-                return tuned.choices
-            larger = engine.exact(ratio, weights)
-            reached = engine.predicted_ratio(larger)
-            return larger if reached and predicted < CLOSE * reached else tuned.choices
-    return engine.exact(ratio, weights)
+    if not tuned:
+        return engine.exact(ratio, weights)
+    predicted = engine.predicted_ratio(tuned.choices)
+    if predicted is None or predicted > ratio * (1 + 1e-9):
+        return tuned.near(ratio)
+    if predicted >= CLOSE * ratio:
+        return tuned.choices
+    larger = tuned.near(ratio)
+    reached = engine.predicted_ratio(larger)
+    return larger if reached and predicted < CLOSE * reached else tuned.choices
 
 
 def uniform_contenders(engine: Engine, target: float) -> dict[str, Contender]:

@@ -187,7 +187,15 @@ class Describer:
                 f"The Optuna stage did not pay: none of its {t['trials']} trials had a lower true "
                 f"loss than the exact plan ({t['exact_loss']:.4g}) at equal predicted latency."
             )
-        how = "a move of single layers" if t["moves_loss"] == t["best_loss"] else "by weights"
+        how = next(
+            how
+            for key, how in (
+                ("weights_loss", "by weights"),
+                ("steps_loss", "a step along the gradient"),
+                ("moves_loss", "a move of single layers"),
+            )
+            if t[key] == t["best_loss"]
+        )
         return (
             f"The Optuna stage lowered the true loss by {by * 100:.1f}% against the exact plan at "
             f"equal predicted latency ({t['exact_loss']:.4g} to {t['best_loss']:.4g}, "

@@ -31,6 +31,7 @@ from blast_search.runfolder import RunFolder, digest
 from blast_search.sensitivity import Scorer
 from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace, ties_of
 from blast_search.tables import Option, ScoreTable, layer_options
+from blast_search.tangent import Tangent
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
 EXACT = 0.9999  # where nothing is noisy: multiply-adds, parameters
@@ -232,15 +233,6 @@ class Engine:
             for ly in self.layers
         }
 
-    def option(self, layer: LayerSpec, candidate: Candidate) -> Option:
-        """One option as `options` has them, also of a rank off the grid."""
-        loss = max(self.scorer.score(layer, candidate).loss, 0.0)
-        if not self.by_time:
-            return Option(candidate, self.size(layer, candidate), loss)
-        cost = self.latency.cost(layer.name, candidate)
-        assert cost is not None, "every plan is made of measured block counts"
-        return Option(candidate, cost * self.latency.factor(candidate), loss)
-
     @property
     def dense_cost(self) -> float:
         """What all searched layers cost dense, in the unit of `options`."""
@@ -260,6 +252,10 @@ class Engine:
         )  # fmt: skip
         self.gap = max(self.gap, solution.gap)
         return solution.choices
+
+    def tangent(self, plan: Choices, loss: float) -> Tangent:
+        """How the true loss changes around a plan (RuntimeError: not differentiable)."""
+        return Tangent.at(self, plan, loss)
 
     def front(self, weights: Mapping[str, float] | None = None) -> Front:
         """The convex hull of all plans, by predicted cost and loss."""

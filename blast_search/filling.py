@@ -12,7 +12,7 @@ from blast_search.closed_loop import CLOSE, bounded, meet
 from blast_search.decision import Decision, final
 from blast_search.engine import Contender, Engine
 from blast_search.plan import Choices
-from blast_search.space import ties_of
+from blast_search.space import Candidate, LayerSpec, ties_of
 from blast_search.tables import Option
 
 FILLED = "filled"
@@ -52,7 +52,17 @@ def no_worse(engine: Engine, plan: Choices) -> dict[str, list[Option]]:
     """
     options = {}
     for layer in engine.layers:
-        own = engine.option(layer, plan[layer.name])
-        found = [o for o in engine.options()[layer.name] if o.loss <= own.loss]
-        options[layer.name] = [o for o in found if o.candidate != own.candidate] + [own]
+        mine = own(engine, layer, plan[layer.name])
+        found = [o for o in engine.options()[layer.name] if o.loss <= mine.loss]
+        options[layer.name] = [o for o in found if o.candidate != mine.candidate] + [mine]
     return options
+
+
+def own(engine: Engine, layer: LayerSpec, candidate: Candidate) -> Option:
+    """A layer's candidate as `engine.options` would have it, also at a rank off the grid."""
+    loss = max(engine.scorer.score(layer, candidate).loss, 0.0)
+    if not engine.by_time:
+        return Option(candidate, engine.size(layer, candidate), loss)
+    cost = engine.latency.cost(layer.name, candidate)
+    assert cost is not None, "every plan is made of measured block counts"
+    return Option(candidate, cost * engine.latency.factor(candidate), loss)

@@ -47,6 +47,10 @@ class Fitter:
         self._cache: OrderedDict[tuple[str, Candidate, int], Factors] = OrderedDict()
         self._cached_bytes = 0
 
+    def gram(self, name: str) -> Tensor | None:
+        """The layer's Gram (n, n) or its diagonal (n,), where it has one."""
+        return self._grams.get(name)
+
     def basis(self, name: str) -> LowRankBasis:
         """The layer's whitened SVD: the error of b = 1 at every rank."""
         if name not in self._bases:

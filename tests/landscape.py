@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from blast_search.plan import Choices
 from blast_search.runfolder import digest
 from blast_search.space import DENSE, Call, Candidate, LayerSpec
 from blast_search.tables import Option, Score
+from blast_search.tangent import Change, Tangent
 
 TYPES = ("q", "k", "v", "o", "up", "down")
 
@@ -57,6 +59,7 @@ class Landscape:
         self.order = [0, 1, 2, 3]
         self.batch_factors = 1 + 0.1 * rng.normal(0, 1, 4)
         self.report, self.scorer = Silent(), self
+        self.latency = SimpleNamespace(limits=lambda _ratio: [])
         self.additivity: dict[str, Any] = {}
         self.tuning: dict[str, Any] = {}
         self.asked: list[str] = []  # what was built, and batches seen
@@ -70,6 +73,20 @@ class Landscape:
 
     def exact(self, ratio: float, weights: Any = None, gap: float = solver.GAP) -> Choices:
         return solver.solve(self.table, ratio * self.dense_cost, weights, gap=gap).choices
+
+    def predicted_loss(self, choices: Choices) -> float:
+        return sum(self.by_key[n, c].loss for n, c in choices.items())
+
+    def tangent(self, plan: Choices, loss: float) -> Tangent:
+        total = sum(self.hidden[n] * self.by_key[n, c].loss for n, c in plan.items())
+        changes = {}
+        for name, options in self.table.items():
+            here = self.by_key[name, plan[name]].loss
+            slope = self.hidden[name] * (1 + total)  # the derivative of total + total^2 / 2
+            changes[name] = [
+                Change(o, slope * (o.loss - here), abs(o.loss - here)) for o in options
+            ]
+        return Tangent(self, changes, loss / self.predicted_loss(plan))  # type: ignore[arg-type]
 
     def predicted_ratio(self, choices: Choices) -> float:
         return sum(self.by_key[n, c].cost_us for n, c in choices.items()) / self.dense_cost

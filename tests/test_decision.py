@@ -107,7 +107,7 @@ def test_nothing_holds():
 
 def test_trials_solved_under_a_pessimistic_correction_give_way_to_a_larger_plan():
     world = World(lambda r, _: r / 1000)
-    tuned = Tuned({"a": 1.0}, plan(290), 20)
+    tuned = Tuned({"a": 1.0}, plan(290), 20, world.exact)
     assert _searched(world, 0.29, tuned, {"a": 1.0}) == plan(290)  # type: ignore[arg-type]
     world.latency.correction = 0.8
     assert _searched(world, 0.29, tuned, {"a": 1.0}) == plan(362)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from toy import ToyTask
 import blast_search as bs
 from blast_search.decision import Decision
 from blast_search.engine import Contender, Engine
-from blast_search.filling import FILLED, filled, no_worse
+from blast_search.filling import FILLED, filled, no_worse, own
 from blast_search.finish import Finish
 from blast_search.pipeline import opened
 from blast_search.progress import SILENT
@@ -75,9 +75,9 @@ def test_the_uniform_plan_itself_can_always_be_chosen(engine: Engine):
     odd = {ly.name: bs.space.Candidate(1, 37) for ly in engine.layers}  # off the grid
     options = no_worse(engine, odd)
     for layer in engine.layers:
-        own = engine.option(layer, odd[layer.name])
-        assert own in options[layer.name]
-        assert max(o.loss for o in options[layer.name]) == own.loss
+        mine = own(engine, layer, odd[layer.name])
+        assert mine in options[layer.name]
+        assert max(o.loss for o in options[layer.name]) == mine.loss
 
 
 def test_a_run_that_a_uniform_plan_wins_fills_it_up(tmp_path: Path, monkeypatch):

@@ -121,7 +121,10 @@ def test_trials_start_from_the_exact_plan_lower_the_loss_and_resume(tmp_path: Pa
     assert second.params == pytest.approx(start)
     assert first.user_attrs["losses"] == world.judged("", [world.exact(0.975 * TARGET)])[0]
     stages = [t.user_attrs["stage"] for t in trials.study.trials]
-    assert stages == ["weights"] * 9 + ["move"] * 3
+    assert stages[:6] == ["weights"] * 2 + ["step"] * 4
+    assert set(stages[6:10]) <= {"step", "move"}  # moves where no step is left to try
+    assert stages[10:] == ["move"] * 2
+    assert world.tuning["steps_loss"] < world.tuning["exact_loss"]
     assert world.loss(tuned.choices) == pytest.approx(world.tuning["best_loss"])
     assert world.tuning["lowered_loss_by"] > 0.02
     assert world.predicted_ratio(tuned.choices) <= TARGET
@@ -129,6 +132,32 @@ def test_trials_start_from_the_exact_plan_lower_the_loss_and_resume(tmp_path: Pa
     resumed, _ = run_trials(again, tmp_path / "a.db", 12, start)
     assert again.asked == []
     assert [t.params for t in resumed.study.trials] == [t.params for t in trials.study.trials]
+
+
+def test_trials_go_on_without_steps_where_no_gradient_is_to_be_had(tmp_path: Path, monkeypatch):
+    def no_gradient(self, plan, loss):
+        raise RuntimeError("not differentiable")
+
+    world, said = Landscape(2), list[str]()
+    monkeypatch.setattr(Landscape, "tangent", no_gradient)
+    monkeypatch.setattr(world.report, "say", said.append, raising=False)
+    trials, tuned = run_trials(world, tmp_path / "a.db", 12)
+    assert tuned
+    stages = [t.user_attrs["stage"] for t in trials.study.trials]
+    assert stages == ["weights"] * 2 + ["move"] * 10
+    assert "no steps along the gradient at a plan: not differentiable" in said
+    other = tuned.near(0.9 * TARGET)
+    assert world.predicted_ratio(other) <= 0.9 * TARGET
+
+
+def test_the_best_plan_is_moved_to_another_ratio_along_its_tangent(tmp_path: Path):
+    world = Landscape(2)
+    _, tuned = run_trials(world, tmp_path / "a.db", 20)
+    assert tuned
+    for ratio in (0.9 * TARGET, 1.1 * TARGET):
+        other = tuned.near(ratio)
+        assert 0.97 * ratio < world.predicted_ratio(other) <= ratio
+        assert world.loss(other) < world.loss(world.exact(ratio))
 
 
 def outcome(values: Mapping[str, float], prune: float = np.inf) -> study.Outcome:
@@ -201,7 +230,7 @@ def test_a_database_that_cannot_be_used_is_one_plain_line():
 
 def test_hopeless_trials_are_given_up(tmp_path: Path):
     world = Landscape(3, hidden=1.5)
-    trials, _ = run_trials(world, tmp_path / "s.db", 12)
+    trials, _ = run_trials(world, tmp_path / "s.db", 40)
     pruned = [t for t in trials.study.trials if t.state.name == "PRUNED"]
     complete = study.finished(trials.study.trials)
     assert pruned
