@@ -253,9 +253,9 @@ class Engine:
         self.gap = max(self.gap, solution.gap)
         return solution.choices
 
-    def tangent(self, plan: Choices, loss: float) -> Tangent:
+    def tangent(self, plan: Choices, loss: float, deadline: Deadline = FOREVER) -> Tangent:
         """How the true loss changes around a plan (RuntimeError: not differentiable)."""
-        return Tangent.at(self, plan, loss)
+        return Tangent.at(self, plan, loss, deadline)
 
     def front(self, weights: Mapping[str, float] | None = None) -> Front:
         """The convex hull of all plans, by predicted cost and loss."""

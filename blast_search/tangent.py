@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from blast_search import solver
+from blast_search.deadline import FOREVER, Deadline
 from blast_search.hull import Group, grouped
 from blast_search.layers import dense_weight
 from blast_search.matrix import BlastLinear
@@ -59,18 +60,28 @@ class Tangent:
     trust: float
 
     @classmethod
-    def at(cls, engine: Engine, plan: Choices, loss: float) -> Tangent:
+    def at(
+        cls, engine: Engine, plan: Choices, loss: float, deadline: Deadline = FOREVER
+    ) -> Tangent:
         """Differentiate at a plan of known true loss.
+
+        Args:
+            deadline: once it has passed, nothing is fitted any more: b > 1 is not offered.
 
         Raises:
             RuntimeError: the model's output cannot be differentiated.
         """
         gradients = engine.panel.judge.gradients(plan, engine.order)
-        changes = {}
+        changes, late = {}, deadline.expired
         options = engine.options()
         for group in grouped(options, ties=ties_of(engine.layers)):
             for name in group.names:
-                offered = [o for o in options[name] if o.candidate in near(group, plan[name])]
+                offered = [
+                    o
+                    for o in options[name]
+                    if o.candidate in near(group, plan[name])
+                    and (o.candidate.num_blocks <= 1 or o.candidate == plan[name] or not late())
+                ]
                 changes[name] = list(_changes(engine, name, plan[name], offered, gradients))
         total = engine.predicted_loss(plan)
         return cls(engine, changes, loss / total if total > 0 else 1.0)

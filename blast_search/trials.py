@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from blast_search import study
-from blast_search.deadline import Deadline
+from blast_search.deadline import FOREVER, Deadline
 from blast_search.engine import Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.hull import grouped
@@ -86,6 +86,7 @@ class Trials:
         parameters = sorted({g for names in self.groups.values() for g in names})
         self.study = study.Study(parameters, storage, seed)
         self.evaluating = 0.0  # seconds in building, judging and differentiating models
+        self.deadline = FOREVER
         self._tangents: dict[str, Tangent | None] = {}  # of the last plan
 
     def run(self, count: int, start: Mapping[str, float], deadline: Deadline) -> Tuned | None:
@@ -94,7 +95,7 @@ class Trials:
         Args:
             start: parameters to try right after the exact plan's; may be empty.
         """
-        engine, before = self.engine, len(self.study.trials)
+        engine, before, self.deadline = self.engine, len(self.study.trials), deadline
         began = time.monotonic()
         starts = [dict[str, float]()] + ([dict(start)] if start else [])
         with engine.report.stage("optuna trials", count) as advance:
@@ -240,7 +241,7 @@ class Trials:
         if key not in self._tangents:
             began = time.monotonic()
             try:
-                self._tangents = {key: self.engine.tangent(plan, best.loss)}
+                self._tangents = {key: self.engine.tangent(plan, best.loss, self.deadline)}
             except RuntimeError as error:
                 self._tangents = {key: None}
                 what = " ".join(str(error).split())[:200]
@@ -249,9 +250,11 @@ class Trials:
         return self._tangents[key]
 
     def near(self, best: study.Finished, ratio: float, weights: Mapping[str, float]) -> Choices:
-        """A plan like the best trial's at another predicted ratio."""
-        tangent = self.tangent(best)
-        return tangent.solve(ratio, NEAR) if tangent else self.engine.exact(ratio, weights)
+        """A plan like the best trial's at another predicted ratio, as far as it reaches."""
+        if tangent := self.tangent(best):
+            with suppress(InfeasibleBudgetError):
+                return tangent.solve(ratio, NEAR)
+        return self.engine.exact(ratio, weights)
 
     def fits(self, plan: Choices) -> bool:
         """Whether a plan also keeps a budget that holds on each workload."""

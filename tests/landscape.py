@@ -16,12 +16,13 @@ import numpy as np
 from blast_search import solver
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.engine import AIM
+from blast_search.hull import grouped
 from blast_search.judge import HOPELESS
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
 from blast_search.space import DENSE, Call, Candidate, LayerSpec
 from blast_search.tables import Option, Score
-from blast_search.tangent import Change, Tangent
+from blast_search.tangent import Change, Tangent, near
 
 TYPES = ("q", "k", "v", "o", "up", "down")
 
@@ -77,14 +78,17 @@ class Landscape:
     def predicted_loss(self, choices: Choices) -> float:
         return sum(self.by_key[n, c].loss for n, c in choices.items())
 
-    def tangent(self, plan: Choices, loss: float) -> Tangent:
+    def tangent(self, plan: Choices, loss: float, _deadline: Deadline = FOREVER) -> Tangent:
         total = sum(self.hidden[n] * self.by_key[n, c].loss for n, c in plan.items())
         changes = {}
-        for name, options in self.table.items():
-            here = self.by_key[name, plan[name]].loss
+        for group in grouped(self.table):
+            (name,) = group.names
+            here, offered = self.by_key[name, plan[name]].loss, near(group, plan[name])
             slope = self.hidden[name] * (1 + total)  # the derivative of total + total^2 / 2
             changes[name] = [
-                Change(o, slope * (o.loss - here), abs(o.loss - here)) for o in options
+                Change(o, slope * (o.loss - here), abs(o.loss - here))
+                for o in self.table[name]
+                if o.candidate in offered
             ]
         return Tangent(self, changes, loss / self.predicted_loss(plan))  # type: ignore[arg-type]
 

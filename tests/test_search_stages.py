@@ -135,7 +135,7 @@ def test_trials_start_from_the_exact_plan_lower_the_loss_and_resume(tmp_path: Pa
 
 
 def test_trials_go_on_without_steps_where_no_gradient_is_to_be_had(tmp_path: Path, monkeypatch):
-    def no_gradient(self, plan, loss):
+    def no_gradient(self, plan, loss, deadline):
         raise RuntimeError("not differentiable")
 
     world, said = Landscape(2), list[str]()
@@ -158,6 +158,8 @@ def test_the_best_plan_is_moved_to_another_ratio_along_its_tangent(tmp_path: Pat
         other = tuned.near(ratio)
         assert 0.97 * ratio < world.predicted_ratio(other) <= ratio
         assert world.loss(other) < world.loss(world.exact(ratio))
+    far = tuned.near(0.15)  # beyond the tangent's reach
+    assert world.predicted_ratio(far) <= 0.15
 
 
 def outcome(values: Mapping[str, float], prune: float = np.inf) -> study.Outcome:

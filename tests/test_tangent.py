@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from toy import WIDTH, ToyTask
 
 from blast_search.batches import divergence
+from blast_search.deadline import Deadline
 from blast_search.engine import Engine
 from blast_search.judge import Judge
 from blast_search.layers import Workload, find_layers
@@ -111,6 +112,14 @@ def test_the_plan_itself_costs_nothing_and_its_budget_holds(engine: Engine):
     assert (engine.predicted_ratio(other) or 9.0) <= 0.4
     # So little trust is put in the slope that nothing changes.
     assert tangent.solve(0.4, 1e9) == plan
+
+
+def test_nothing_more_is_fitted_once_the_time_is_over(engine: Engine):
+    plan = engine.uniform(2, 0.3)
+    tangent = Tangent.at(engine, plan, engine.true_loss("start", plan), Deadline(0.0))
+    for name, changes in tangent.changes.items():
+        offered = {c.option.candidate for c in changes}
+        assert {c for c in offered if c.num_blocks > 1} <= {plan[name]}
 
 
 class Rounded(nn.Module):
