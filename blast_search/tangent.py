@@ -72,17 +72,17 @@ class Tangent:
             RuntimeError: the model's output cannot be differentiated.
         """
         gradients = engine.panel.judge.gradients(plan, engine.order)
-        changes, late = {}, deadline.expired
-        options = engine.options()
+        changes, options, late = {}, engine.options(), deadline.expired
+        by_name = {layer.name: layer for layer in engine.layers}
         for group in grouped(options, ties=ties_of(engine.layers)):
+            here = sum(engine.scorer.score(by_name[n], plan[n]).loss for n in group.names)
+            offered = near(group, here)
+            if late():
+                fitted = {plan[group.names[0]]}
+                offered = [c for c in offered if c.num_blocks <= 1 or c in fitted] or offered[:1]
             for name in group.names:
-                offered = [
-                    o
-                    for o in options[name]
-                    if o.candidate in near(group, plan[name])
-                    and (o.candidate.num_blocks <= 1 or o.candidate == plan[name] or not late())
-                ]
-                changes[name] = list(_changes(engine, name, plan[name], offered, gradients))
+                found = [o for o in options[name] if o.candidate in offered]
+                changes[name] = list(_changes(engine, name, plan[name], found, gradients))
         total = engine.predicted_loss(plan)
         return cls(engine, changes, loss / total if total > 0 else 1.0)
 
@@ -109,12 +109,10 @@ class Tangent:
         ).choices  # fmt: skip
 
 
-def near(group: Group, candidate: Candidate) -> set[Candidate]:
-    """The candidate itself and up to SPAN undominated ones either way."""
-    if candidate not in group.candidates:  # a weighted solution of other ties: dominated here
-        return {candidate}
-    k = group.candidates.index(candidate)
-    return set(group.candidates[max(0, k - SPAN) : k + SPAN + 1])
+def near(group: Group, loss: float) -> list[Candidate]:
+    """The undominated options around the one of this predicted loss: SPAN either way."""
+    k = int((group.loss > loss * (1 + 1e-12)).sum())  # options come with falling loss
+    return list(group.candidates[max(0, k - SPAN) : k + SPAN + 1])
 
 
 def _changes(

@@ -189,7 +189,8 @@ class Trials:
 
         def plans(best: study.Finished) -> Iterator[Choices]:
             if tangent := self.tangent(best):
-                yield from (tangent.solve(self.ratio, share, TRIAL_GAP) for share in SHARES)
+                with suppress(InfeasibleBudgetError):  # another run's plan, on another table
+                    yield from (tangent.solve(self.ratio, share, TRIAL_GAP) for share in SHARES)
 
         return self.changed("step", first, end, plans, advance)
 

@@ -83,7 +83,8 @@ class Landscape:
         changes = {}
         for group in grouped(self.table):
             (name,) = group.names
-            here, offered = self.by_key[name, plan[name]].loss, near(group, plan[name])
+            here = self.by_key[name, plan[name]].loss
+            offered = near(group, here)
             slope = self.hidden[name] * (1 + total)  # the derivative of total + total^2 / 2
             changes[name] = [
                 Change(o, slope * (o.loss - here), abs(o.loss - here))
