@@ -60,7 +60,7 @@ class Landscape:
         self.order = [0, 1, 2, 3]
         self.batch_factors = 1 + 0.1 * rng.normal(0, 1, 4)
         self.report, self.scorer = Silent(), self
-        self.latency = SimpleNamespace(limits=lambda _ratio: [])
+        self.latency = SimpleNamespace(limits=lambda _ratio: [], correction=1.0)
         self.additivity: dict[str, Any] = {}
         self.tuning: dict[str, Any] = {}
         self.asked: list[str] = []  # what was built, and batches seen
