@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from blast_search.document import Block, Paragraph, Table, clean, number, pick, show
 from blast_search.figures import FrontRow
-from blast_search.plan import Plan
+from blast_search.plan import CHOSEN, Plan
 from blast_search.plan_check import CHECKED, check_text
 
 
 def blocks(plan: Plan, front: Sequence[FrontRow]) -> list[Block]:
-    chosen = next((row for row in front if row.name == "searched"), None)
+    named = {row.name: row for row in front}
+    chosen = named.get(CHOSEN, named.get("searched"))
     pairs = [
         ("layer latency ratio", pick(plan.predicted, "latency_ratio_layers"),
          pick(plan.measured, "latency_ratio_layers")),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blast_search.errors import IncompatibleInputError
 from blast_search.files import read_rows
-from blast_search.plan import FrontPoint
+from blast_search.plan import CHOSEN, FrontPoint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,8 @@ KINDS = {
     "trial": Kind("trial", "#7A7A7A", "o", 36),
     "exact": Kind("exact solution", "#0072B2", "D", 48),
     "dense": Kind("dense", "#000000", "P", 90),
-    "searched": Kind("chosen plan", "#D55E00", "*", 300),
+    "searched": Kind("searched plan", "#CC79A7", "X", 80),
+    CHOSEN: Kind("chosen plan", "#D55E00", "*", 300),
 }  # drawn in this order, the last one on top
 
 
@@ -90,6 +91,8 @@ def front_png(
     from matplotlib.figure import Figure
 
     drawn = [row for row in rows if row.loss is not None and row.ratio is not None]
+    if CHOSEN not in (row.name for row in rows):  # it is the searched plan
+        drawn = [replace(r, name=CHOSEN) if r.name == "searched" else r for r in drawn]
     if not drawn:
         return None
     style: dict[str, Any] = {"fontsize": 12}

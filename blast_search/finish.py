@@ -25,7 +25,7 @@ from blast_search.files import make_folder, sha256_json
 from blast_search.filling import FILLED, filled
 from blast_search.model_latency import Timing
 from blast_search.models import Models
-from blast_search.plan import FrontPoint, Plan
+from blast_search.plan import CHOSEN, FrontPoint, Plan
 from blast_search.space import DENSE
 from blast_search.study import Storage
 
@@ -113,10 +113,13 @@ class Finish:
         if larger := self.filled(decision, contenders[key]):
             contenders[FILLED] = larger
             decision = replace(decision, baselines=decision.baselines | {FILLED: larger})
-            points = engine.settled_points(winner, list(decision.baselines.values()))
             metrics[FILLED] = self.models.metric(larger)
             after |= self.after(decision, {FILLED: larger}, steps)
             key = self.best(contenders, after or metrics)
+        if key != "searched":
+            best = contenders[key].choices
+            engine.note_point(CHOSEN, best, engine.true_loss(CHOSEN, best))
+            points = engine.settled_points(winner, list(decision.baselines.values()))
         self.pipeline.seconds["retrain"] = round(time.monotonic() - since, 1)
         error = self.drop_error((after or metrics)[key])
         plan = self.describer.plan(decision, contenders[key], metrics, after, error is None)

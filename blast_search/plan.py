@@ -125,6 +125,9 @@ def _layer(name: str, item: Any, origin: str) -> LayerPlan:
     )
 
 
+CHOSEN = "chosen"  # the front's name of a run's plan where that is not the "searched" one
+
+
 @dataclass(frozen=True)
 class FrontPoint:
     """One whole plan on (or off) the front.

@@ -106,7 +106,12 @@ def test_a_run_that_a_uniform_plan_wins_fills_it_up(tmp_path: Path, monkeypatch)
     with torch.no_grad():
         assert torch.equal(model(x), run.model(x))
     with (out / "front.csv").open() as stream:
-        assert "filled uniform low rank" in {row["name"] for row in csv.DictReader(stream)}
+        front = {row["name"]: row for row in csv.DictReader(stream)}
+    assert {"filled uniform low rank", "searched"} < set(front)
+    assert float(front["chosen"]["predicted_loss_increase"]) == pytest.approx(
+        plan.predicted["score_increase"], rel=1e-4
+    )
+    assert front["chosen"]["measured_layer_latency_ratio"]
     measured = (out / "measured.csv").read_text()
     again = bs.search(ToyTask(), TARGET, budget_scope="macs", out=out, resume=True, **options)
     assert again.plan.choices == plan.choices

@@ -299,14 +299,19 @@ def test_damaged_files_are_named(tmp_path: Path, file: str, text: str) -> None:
 
 def test_kinds_and_pictures(tmp_path: Path) -> None:
     names = ["dense", "uniform b2 keep 0.3", "uniform b1 keep 0.3", "exact 0.30", "trial 7",
-             "searched", "new kind", ""]  # fmt: skip
-    kinds = ["dense", "uniform", "low rank", "exact", "trial", "searched", "trial", "trial"]
+             "searched", "chosen", "new kind", ""]  # fmt: skip
+    kinds = ["dense", "uniform", "low rank", "exact", "trial", "searched", "chosen", "trial",
+             "trial"]  # fmt: skip
     assert [kind_of(name) for name in names] == kinds
     write_rows(tmp_path / "f.csv", FrontPoint.FIELDS, front_rows())
     rows = read_front(tmp_path / "f.csv")
     assert front_png(rows[:1]) is not None  # dense alone, loss 0
     assert front_png([replace(row, loss=None) for row in rows]) is None
     assert front_png(rows) == front_png(rows)
+    # The star is the searched plan's, unless another one was chosen.
+    named = [replace(row, name="chosen") if row.name == "searched" else row for row in rows]
+    assert front_png(named) == front_png(rows)
+    assert front_png([*rows, replace(rows[0], name="chosen")]) != front_png(rows)
 
 
 def test_importing_the_report_does_not_import_matplotlib() -> None:
