@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def test_trials_go_on_without_steps_where_no_gradient_is_to_be_had(tmp_path: Pat
     assert world.predicted_ratio(other) <= 0.9 * TARGET
 
 
-def test_the_best_plan_is_moved_to_another_ratio_along_its_tangent(tmp_path: Path):
+def test_the_best_plan_is_moved_to_another_ratio_along_its_tangent(tmp_path: Path, monkeypatch):
     world = Landscape(2)
     _, tuned = run_trials(world, tmp_path / "a.db", 20)
     assert tuned
@@ -158,6 +159,16 @@ def test_the_best_plan_is_moved_to_another_ratio_along_its_tangent(tmp_path: Pat
         other = tuned.near(ratio)
         assert 0.97 * ratio < world.predicted_ratio(other) <= ratio
         assert world.loss(other) < world.loss(world.exact(ratio))
+    world.latency.correction = 1.1  # found by the closed loop after the trials
+    table = {
+        n: [replace(o, cost_us=o.cost_us * (1 if o.candidate.is_dense else 1.1)) for o in found]
+        for n, found in world.table.items()
+    }
+    monkeypatch.setattr(world, "options", lambda: table)
+    costs = {(n, o.candidate): o.cost_us for n, found in table.items() for o in found}
+    dearer = tuned.near(TARGET)
+    assert sum(costs[item] for item in dearer.items()) <= TARGET * world.dense_cost * (1 + 1e-9)
+    monkeypatch.undo()
     far = tuned.near(0.15)  # beyond the tangent's reach
     assert world.predicted_ratio(far) <= 0.15
 
