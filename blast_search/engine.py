@@ -246,12 +246,22 @@ class Engine:
         """The plan of least predicted loss whose predicted layer ratio is at most `ratio`."""
         if self.space.uniform:
             return self.best_uniform(ratio, self.space.num_blocks)
-        solution = solver.solve(
-            self.options(), ratio * self.dense_cost, weights, ties=ties_of(self.layers),
-            limits=self.latency.limits(ratio), gap=gap,
-        )  # fmt: skip
+        solution = self.solve(self.options(), ratio, weights, gap)
         self.gap = max(self.gap, solution.gap)
         return solution.choices
+
+    def solve(
+        self,
+        options: Mapping[str, Sequence[Option]],
+        ratio: float,
+        weights: Mapping[str, float] | None = None,
+        gap: float = solver.GAP,
+    ) -> solver.Solution:
+        """The best of `options` within a predicted layer ratio; ties and all workloads kept."""
+        return solver.solve(
+            options, ratio * self.dense_cost, weights, ties=ties_of(self.layers),
+            limits=self.latency.limits(ratio), gap=gap,
+        )  # fmt: skip
 
     def tangent(self, plan: Choices, loss: float, deadline: Deadline = FOREVER) -> Tangent:
         """How the true loss changes around a plan (RuntimeError: not differentiable)."""

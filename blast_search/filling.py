@@ -7,12 +7,11 @@ the uniform plan's, and is solved for the whole budget.
 
 from __future__ import annotations
 
-from blast_search import solver
 from blast_search.closed_loop import CLOSE, bounded, meet
 from blast_search.decision import Decision, final
 from blast_search.engine import Contender, Engine
 from blast_search.plan import Choices
-from blast_search.space import Candidate, LayerSpec, ties_of
+from blast_search.space import Candidate, LayerSpec
 from blast_search.tables import Option
 
 FILLED = "filled"
@@ -25,11 +24,7 @@ def filled(engine: Engine, decision: Decision, uniform: Contender) -> Contender 
         return None
 
     def make(ratio: float) -> Choices:
-        solution = solver.solve(
-            no_worse(engine, uniform.choices), ratio * engine.dense_cost,
-            ties=ties_of(engine.layers), limits=engine.latency.limits(ratio),
-        )  # fmt: skip
-        return solution.choices
+        return engine.solve(no_worse(engine, uniform.choices), ratio).choices
 
     asked = engine.latency.asked_correction(uniform.choices, uniform.ratio)
     engine.latency.correction = bounded(asked)
@@ -50,10 +45,10 @@ def no_worse(engine: Engine, plan: Choices) -> dict[str, list[Option]]:
     The plan's own candidates may be off the grid of ranks, or dominated: they come in again, so
     that the plan itself can be chosen.
     """
-    options = {}
+    options = engine.options()
     for layer in engine.layers:
         mine = own(engine, layer, plan[layer.name])
-        found = [o for o in engine.options()[layer.name] if o.loss <= mine.loss]
+        found = [o for o in options[layer.name] if o.loss <= mine.loss]
         options[layer.name] = [o for o in found if o.candidate != mine.candidate] + [mine]
     return options
 

@@ -30,7 +30,6 @@ from blast_search.layers import dense_weight
 from blast_search.matrix import BlastLinear
 from blast_search.plan import Choices
 from blast_search.space import Candidate, ties_of
-from blast_search.tables import Option
 
 if TYPE_CHECKING:
     from blast_search.engine import Engine
@@ -40,9 +39,9 @@ SPAN = 3  # so many undominated options dearer than the plan's, and as many chea
 
 @dataclass(frozen=True)
 class Change:
-    """An option of one layer beside the plan's: the loss's change to first order, and the rest."""
+    """Another candidate of one layer: the loss's change to first order, and the rest."""
 
-    option: Option
+    candidate: Candidate
     slope: float
     bend: float
 
@@ -81,7 +80,7 @@ class Tangent:
                 fitted = {plan[group.names[0]]}
                 offered = [c for c in offered if c.num_blocks <= 1 or c in fitted] or offered[:1]
             for name in group.names:
-                found = [o for o in options[name] if o.candidate in offered]
+                found = [o.candidate for o in options[name] if o.candidate in offered]
                 changes[name] = list(_changes(engine, name, plan[name], found, gradients))
         total = engine.predicted_loss(plan)
         return cls(engine, changes, loss / total if total > 0 else 1.0)
@@ -95,19 +94,16 @@ class Tangent:
         Raises:
             InfeasibleBudgetError: no plan has that ratio.
         """
-        engine, options, now = self.engine, {}, self.engine.options()
+        options, now = {}, self.engine.options()
         for name, changes in self.changes.items():
-            losses = {c.option.candidate: c.slope + share * self.trust * c.bend for c in changes}
+            losses = {c.candidate: c.slope + share * self.trust * c.bend for c in changes}
             least = min(losses.values())  # the solver's losses start at zero
             options[name] = [  # what an option costs may have been corrected since
                 replace(o, loss=losses[o.candidate] - least)
                 for o in now[name]
                 if o.candidate in losses
             ]
-        return solver.solve(
-            options, ratio * engine.dense_cost, ties=ties_of(engine.layers),
-            limits=engine.latency.limits(ratio), gap=gap,
-        ).choices  # fmt: skip
+        return self.engine.solve(options, ratio, gap=gap).choices
 
 
 def near(group: Group, loss: float) -> list[Candidate]:
@@ -120,10 +116,10 @@ def _changes(
     engine: Engine,
     name: str,
     candidate: Candidate,
-    options: list[Option],
+    others: list[Candidate],
     gradients: Mapping[str, Tensor],
 ) -> Iterator[Change]:
-    """One layer's changes from `candidate` to each of `options`."""
+    """One layer's changes from `candidate` to each of `others`."""
     linear, gram = engine.fitter.dense[name], engine.fitter.gram(name)
     dense = dense_weight(linear).detach().float()
     gram = None if gram is None else gram.to(dense)
@@ -137,7 +133,7 @@ def _changes(
 
     here, scale = matrix(candidate), engine.scorer.scales.get(name, 0.0) / (squared(dense) or 1.0)
     gradient = gradients[name].to(dense) if name in gradients else None  # no path to the output
-    for option in options:
-        change = matrix(option.candidate) - here
+    for other in others:
+        change = matrix(other) - here
         slope = 0.0 if gradient is None else float((gradient * change).sum())
-        yield Change(option, slope, scale * squared(change))
+        yield Change(other, slope, scale * squared(change))

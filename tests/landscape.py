@@ -60,7 +60,7 @@ class Landscape:
         self.order = [0, 1, 2, 3]
         self.batch_factors = 1 + 0.1 * rng.normal(0, 1, 4)
         self.report, self.scorer = Silent(), self
-        self.latency = SimpleNamespace(limits=lambda _ratio: [], correction=1.0)
+        self.latency = SimpleNamespace(correction=1.0)
         self.additivity: dict[str, Any] = {}
         self.tuning: dict[str, Any] = {}
         self.asked: list[str] = []  # what was built, and batches seen
@@ -73,7 +73,12 @@ class Landscape:
         return Score(0.0, self.by_key[layer.name, candidate].loss)
 
     def exact(self, ratio: float, weights: Any = None, gap: float = solver.GAP) -> Choices:
-        return solver.solve(self.table, ratio * self.dense_cost, weights, gap=gap).choices
+        return self.solve(self.table, ratio, weights, gap).choices
+
+    def solve(
+        self, options: Any, ratio: float, weights: Any = None, gap: float = solver.GAP
+    ) -> Any:
+        return solver.solve(options, ratio * self.dense_cost, weights, gap=gap)
 
     def predicted_loss(self, choices: Choices) -> float:
         return sum(self.by_key[n, c].loss for n, c in choices.items())
@@ -87,7 +92,7 @@ class Landscape:
             offered = near(group, here)
             slope = self.hidden[name] * (1 + total)  # the derivative of total + total^2 / 2
             changes[name] = [
-                Change(o, slope * (o.loss - here), abs(o.loss - here))
+                Change(o.candidate, slope * (o.loss - here), abs(o.loss - here))
                 for o in self.table[name]
                 if o.candidate in offered
             ]

@@ -93,9 +93,9 @@ def test_a_slope_is_the_derivative_towards_a_candidate(engine: Engine, name: str
                 for k, batch in enumerate(judge.batches)
             )
 
-    assert {c.option.candidate.num_blocks for c in tangent.changes[name]} >= {1, 2}
+    assert {c.candidate.num_blocks for c in tangent.changes[name]} >= {1, 2}
     for change in tangent.changes[name]:
-        module = judge.fitter.module(name, change.option.candidate)
+        module = judge.fitter.module(name, change.candidate)
         dense = module.to_dense() if isinstance(module, BlastLinear) else module.weight
         difference = loss(1e-3, dense.double()) - loss(-1e-3, dense.double())
         assert change.slope == pytest.approx(difference / 2e-3, rel=0.05, abs=1e-5)
@@ -106,7 +106,7 @@ def test_the_plan_itself_costs_nothing_and_its_budget_holds(engine: Engine):
     tangent = Tangent.at(engine, plan, engine.true_loss("exact", plan))
     for name, changes in tangent.changes.items():
         assert 1 < len(changes) <= 2 * SPAN + 1
-        (own,) = (c for c in changes if c.option.candidate == plan[name])
+        (own,) = (c for c in changes if c.candidate == plan[name])
         assert (own.slope, own.bend) == (0.0, 0.0)
     other = tangent.solve(0.4, 0.5)
     assert (engine.predicted_ratio(other) or 9.0) <= 0.4
@@ -118,7 +118,7 @@ def test_nothing_more_is_fitted_once_the_time_is_over(engine: Engine):
     plan = engine.uniform(2, 0.3)
     tangent = Tangent.at(engine, plan, engine.true_loss("start", plan), Deadline(0.0))
     for name, changes in tangent.changes.items():
-        offered = {c.option.candidate for c in changes}
+        offered = {c.candidate for c in changes}
         assert {c for c in offered if c.num_blocks > 1} <= {plan[name]}
 
 
