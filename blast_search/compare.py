@@ -13,12 +13,12 @@ from typing import Any
 
 from blast_search.comparison import Comparison, Row
 from blast_search.contenders import Entry, Extra, level, line_up
-from blast_search.decision import Decision
 from blast_search.describe import peak_memory_mb, uniform_text
 from blast_search.engine import Contender
 from blast_search.errors import UsageError
 from blast_search.evaluate import Task, size_ratios
 from blast_search.finish import Finish
+from blast_search.last_timing import Decision
 from blast_search.pipeline import Pipeline, opened
 from blast_search.progress import SILENT, Reporter
 from blast_search.runfolder import digest

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blast_search.closed_loop import CLOSE, TIMING_SECONDS, Make, meet
-from blast_search.decision import FINAL_ROUNDS, FINAL_SECONDS, Decision, larger
 from blast_search.engine import AIM, Contender, Engine
+from blast_search.last_timing import FINAL_ROUNDS, FINAL_SECONDS, Decision, larger
 from blast_search.plan import Choices
 from blast_search.space import DENSE, Candidate
 from blast_search.structured import diagonal_choice, monarch_choice
@@ -181,7 +181,7 @@ def climb(engine: Engine, name: str, ladder: Ladder, target: float, aim: float =
 
 
 def higher(engine: Engine, c: Contender, ladder: Ladder, target: float) -> Contender | None:
-    """As `larger` (decision.py), on a ladder: time is taken to be proportional to size."""
+    """As `larger` (last_timing.py), on a ladder: time is taken to be proportional to size."""
     wanted = AIM * target / c.ratio * _size(engine, c.choices)
     found = next((plan for plan in ladder if _size(engine, plan) <= wanted), c.choices)
     return None if c.ratio >= CLOSE * target else replace(c, choices=found)

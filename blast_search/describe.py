@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blast_search.apply import model_fingerprint
-from blast_search.decision import Decision
 from blast_search.engine import Contender, Engine
 from blast_search.evaluate import describe_workloads, size_ratios
 from blast_search.files import write_rows
 from blast_search.filling import FILLED
+from blast_search.last_timing import Decision
 from blast_search.latency_model import error_statistics
 from blast_search.model_latency import Timing
 from blast_search.noise import table_noise

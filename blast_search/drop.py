@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from blast_search.closed_loop import meet
-from blast_search.decision import Decision, decide
+from blast_search.decision import decide
 from blast_search.engine import Contender
 from blast_search.evaluate import worse_by
+from blast_search.last_timing import Decision
 from blast_search.model_latency import Timing
 from blast_search.plan import LayerPlan, Plan
-from blast_search.space import DENSE
 from blast_search.study import Storage
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def within_drop(finish: Finish, dense: Timing, storage: Storage) -> Decision:
     A plan that keeps the metric is tightened, one that does not is relaxed.  The bisection's own
     plan stays among the contenders, so that what the search finds can only be better.
     """
-    s, engine, p = finish.settings, finish.engine, finish.prepared
+    s, engine = finish.settings, finish.engine
     best = _bisect(finish, dense)
     if best is None:
-        nothing = Contender("dense", {ly.name: DENSE for ly in p.layers}, dense, 1.0, True)
+        nothing = Contender("dense", engine.dense, dense, 1.0, True)
         return Decision(nothing, {}, 1.0, dense, 0, True)
     decision = decide(
         engine, best.ratio, dense, s.trials, storage, s.seed, finish.pipeline.search_deadline

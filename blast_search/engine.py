@@ -273,6 +273,8 @@ class Engine:
 
     def fastest(self) -> Choices:
         """The plan of least predicted ratio, whatever it loses."""
+        if self.space.uniform:
+            return self.fastest_uniform(self.space.num_blocks) or self.dense
         if self.latency.workloads:
             return solver.least(self.exact)[1]
         return self.front().choices(0)
@@ -311,6 +313,10 @@ class Engine:
         plans = [self.uniform(b, keep) for b in block_counts for keep in self.space.keep]
         known = [(ratio, p) for p in plans if (ratio := self.predicted_ratio(p)) is not None]
         return min(known, key=lambda item: item[0])[1] if known else None
+
+    @property
+    def dense(self) -> Choices:
+        return {layer.name: DENSE for layer in self.layers}
 
 
 def corrected(

@@ -8,8 +8,8 @@ the uniform plan's, and is solved for the whole budget.
 from __future__ import annotations
 
 from blast_search.closed_loop import CLOSE, bounded, meet
-from blast_search.decision import Decision, final
 from blast_search.engine import Contender, Engine
+from blast_search.last_timing import Decision, final
 from blast_search.plan import Choices
 from blast_search.space import Candidate, LayerSpec
 from blast_search.tables import Option

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from blast_search.closed_loop import TIMING_SECONDS
-from blast_search.decision import FINAL_SECONDS, Decision, decide, infeasible, layer_target
+from blast_search.decision import decide, infeasible, layer_target
 from blast_search.describe import Describer
 from blast_search.drop import within_drop
 from blast_search.engine import Contender, Engine
@@ -23,6 +23,7 @@ from blast_search.evaluate import (
 )
 from blast_search.files import make_folder, sha256_json
 from blast_search.filling import FILLED, filled
+from blast_search.last_timing import FINAL_SECONDS, Decision
 from blast_search.model_latency import Timing
 from blast_search.models import Models
 from blast_search.plan import CHOSEN, FrontPoint, Plan
@@ -56,10 +57,9 @@ class Finish:
     # ---- the two ways to a decision -----------------------------------------------------
 
     def dense_timing(self) -> Timing:
-        dense = {layer.name: DENSE for layer in self.prepared.layers}
         # Only scope "model" turns these two numbers into a target.
         seconds = FINAL_SECONDS if self.settings.budget_scope == "model" else TIMING_SECONDS
-        return self.engine.time("dense", {"dense": dense}, seconds)[0]
+        return self.engine.time("dense", {"dense": self.engine.dense}, seconds)[0]
 
     def decide(self) -> Decision:
         """The decision for a budget, or for --max-drop alone."""

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 from landscape import Silent
 
-from blast_search.decision import _searched, final
+from blast_search import decision
+from blast_search.deadline import FOREVER
+from blast_search.decision import _searched, decide
 from blast_search.engine import AIM, Contender
+from blast_search.errors import InfeasibleBudgetError
+from blast_search.last_timing import final
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.space import Candidate
+from blast_search.study import Storage
 from blast_search.trials import Tuned
 
 TARGET = 0.3
@@ -113,3 +118,107 @@ def test_trials_solved_under_a_pessimistic_correction_give_way_to_a_larger_plan(
     assert _searched(world, 0.29, tuned, {"a": 1.0}) == plan(362)  # type: ignore[arg-type]
     world.latency.correction = 1.2
     assert _searched(world, 0.29, tuned, {"a": 1.0}) == plan(242)  # type: ignore[arg-type]
+
+
+# ---- the decision between kinds of plans -------------------------------------------------------
+
+
+@dataclass
+class Kinds(World):
+    """Layer "b" tells plans of the solver (rank 1) from uniform ones (rank 2).
+
+    A timing of the same plans by the same name is on file, as in a run folder.
+    """
+
+    losses: Mapping[int, float] = field(default_factory=lambda: {1: 1.0, 2: 1.2})
+    last: Mapping[int, float] = field(default_factory=lambda: {1: 1.0, 2: 1.0})  # slower by
+    smallest: int = 0  # of the solver's ranks
+    space: Any = field(default_factory=lambda: SimpleNamespace(num_blocks=(1,), uniform=False))
+    file: dict[Any, Any] = field(default_factory=dict)
+
+    def time(self, name: str, plans: Mapping[str, Choices], _seconds: float) -> list[Timing]:
+        key = (name == "final", *(tuple(p.items()) for p in plans.values()))
+        if key not in self.file:
+            slower = self.last if name == "final" else {1: 1.0, 2: 1.0}
+            ratios = [slower[p["b"].rank] * rank(p) / 1000 for p in plans.values()]
+            self.file[key] = [replace(TIMING, ratio_layers=ratio) for ratio in ratios]
+        return self.file[key]  # type: ignore[no-any-return]
+
+    def exact(self, ratio: float, _weights: object = None) -> Choices:
+        found = super().exact(ratio) | {"b": Candidate(1, 1)}
+        if rank(found) < self.smallest:
+            raise InfeasibleBudgetError("nothing")
+        return found
+
+    def largest_uniform(self, _blocks: int, ratio: float) -> Choices:
+        r = 10 * int(100 * ratio / self.latency.correction)  # few sizes
+        return {"a": Candidate(1, r), "b": Candidate(1, 2)}
+
+    def best_uniform(self, _ratio: float, _blocks: object) -> Choices:
+        raise InfeasibleBudgetError("no block counts")
+
+    def fastest(self) -> Choices:
+        return {"a": Candidate(1, self.smallest), "b": Candidate(1, 1)}
+
+    def true_loss(self, _name: str, choices: Choices) -> float:
+        return self.losses[choices["b"].rank] / rank(choices)
+
+    def note_point(self, *_: object) -> None: ...
+
+    @property
+    def dense(self) -> Choices:
+        return {}
+
+
+def decided(world: Kinds, monkeypatch: pytest.MonkeyPatch, recovered: Any = None) -> Any:
+    monkeypatch.setattr(decision, "_tuned", lambda *_: (None, {}))
+    storage = Storage("sqlite://")
+    return decide(world, TARGET, TIMING, 0, storage, 0, FOREVER, recovered)  # type: ignore[arg-type]
+
+
+def kind(found: Any) -> int:
+    return found.winner.choices["b"].rank  # type: ignore[no-any-return]
+
+
+def test_a_uniform_winner_over_the_budget_at_the_last_timing_is_tightened(monkeypatch):
+    world = Kinds(lambda *_: 0, losses={1: 1.0, 2: 0.5}, last={1: 1.0, 2: 1.06})
+    found = decided(world, monkeypatch)
+    assert found.met
+    assert kind(found) == 2
+    assert found.winner.ratio <= TARGET
+    assert found.baselines["uniform_low_rank"] == found.winner
+
+
+def test_a_uniform_winner_that_leaves_room_at_the_last_timing_gets_a_larger_plan(monkeypatch):
+    world = Kinds(lambda *_: 0, losses={1: 1.0, 2: 0.5}, last={1: 1.0, 2: 0.85})
+    found = decided(world, monkeypatch)
+    assert kind(found) == 2
+    assert 0.94 * TARGET < found.winner.ratio <= TARGET
+
+
+def test_where_no_plan_of_a_kind_holds_at_the_last_timing_the_next_kind_is_taken(monkeypatch):
+    world = Kinds(lambda *_: 0, last={1: 3.0, 2: 1.0})
+    found = decided(world, monkeypatch)
+    assert found.met
+    assert kind(found) == 2
+
+
+def test_a_uniform_plan_within_the_budget_is_taken_where_the_solver_has_none(monkeypatch):
+    found = decided(Kinds(lambda *_: 0, smallest=310), monkeypatch)
+    assert found.met
+    assert kind(found) == 2
+
+
+def test_nothing_within_the_budget_is_the_fastest_plan_and_not_met(monkeypatch):
+    world = Kinds(lambda *_: 0, smallest=310)
+    monkeypatch.setattr(world, "largest_uniform", lambda *_: world.fastest())
+    found = decided(world, monkeypatch)
+    assert not found.met
+    assert rank(found.winner.choices) == 310
+
+
+def test_what_retraining_said_is_not_overruled_by_the_loss_before_it(monkeypatch):
+    world = Kinds(lambda *_: 0, losses={1: 1.0, 2: 0.95})  # the uniform plan's is lower
+    monkeypatch.setattr(decision, "rivals", lambda *_: ["exact", "uniform low rank"])
+    found = decided(world, monkeypatch, recovered=lambda c: float(c.name != "exact"))
+    assert found.winner.name == "exact"

@@ -12,10 +12,10 @@ import torch
 from toy import ToyTask
 
 import blast_search as bs
-from blast_search.decision import Decision
 from blast_search.engine import Contender, Engine
 from blast_search.filling import FILLED, filled, no_worse, own
 from blast_search.finish import Finish
+from blast_search.last_timing import Decision
 from blast_search.pipeline import opened
 from blast_search.progress import SILENT
 from blast_search.settings import Settings

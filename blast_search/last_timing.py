@@ -1,0 +1,96 @@
+"""The last timing: the winner beside the uniform plans, until it holds the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from blast_search.closed_loop import CLOSE, Make, bounded, meet
+from blast_search.engine import Contender, Engine
+from blast_search.model_latency import Timing
+from blast_search.runfolder import digest
+
+FINAL_ROUNDS = 4
+FINAL_SECONDS = 40.0
+LARGER = 2  # of these rounds may end with a larger plan: noise could ask for one each time
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The winner and the best uniform plans, timed side by side with dense."""
+
+    winner: Contender
+    baselines: dict[str, Contender]  # "uniform_blast", "uniform_low_rank": those that exist
+    target: float  # the largest allowed cost ratio of the layers
+    dense: Timing
+    trials: int
+    met: bool
+    make: Make | None = None  # the winner's plans at other ratios
+    weights: Mapping[str, float] = field(default_factory=dict)  # of the scores, by layer
+
+
+def final(
+    engine: Engine,
+    winner: Contender,
+    make: Make,
+    baselines: dict[str, Contender],
+    target: float,
+    dense: Timing,
+    trials: int,
+) -> Decision:
+    """Time the winner and the uniform plans side by side, until the winner holds the target.
+
+    A winner over it is tightened.  One that leaves much of it unused, because the timings before
+    were pessimistic, gets a larger rival; of the two the one of less true loss stays.
+    """
+    aim, best = engine.aim, None
+    for round_ in range(FINAL_ROUNDS):
+        contenders = {"searched": winner} | baselines
+        timings = engine.time(
+            "final", {k: c.choices for k, c in contenders.items()}, FINAL_SECONDS
+        )
+        timed = {
+            key: replace(
+                c, timing=t, ratio=(ratio := engine.measured_ratio(c.choices, t)),
+                feasible=ratio <= target,
+            )
+            for (key, c), t in zip(contenders.items(), timings, strict=True)
+        }  # fmt: skip
+        winner = timed.pop("searched")
+        decision = Decision(winner, timed, target, timings[0], trials, winner.feasible, make)
+        if winner.feasible:
+            best = _better(engine, best, decision)
+            again = larger(engine, winner, make, target) if round_ < LARGER else None
+        elif (
+            best or round_ == FINAL_ROUNDS - 1
+        ):  # a plan tightened now would not be timed any more
+            break
+        else:
+            engine.report.detail(
+                f"  final timing {winner.ratio:.3f} is over {target:.3f}: tightening"
+            )
+            aim *= min(0.99, target / winner.ratio)
+            again = meet(engine, winner.name, make, target, aim)
+        if again is None:
+            break
+        winner = again
+    return best or decision
+
+
+def _better(engine: Engine, best: Decision | None, other: Decision) -> Decision:
+    if best is None:
+        return other
+    return min(best, other, key=lambda d: engine.true_loss(d.winner.name, d.winner.choices))
+
+
+def larger(engine: Engine, winner: Contender, make: Make, target: float) -> Contender | None:
+    """A plan that uses what the winner leaves of the target, if that is much; not timed yet."""
+    if not engine.by_time or winner.all_dense or winner.ratio >= CLOSE * target:
+        return None
+    asked = engine.latency.asked_correction(winner.choices, winner.ratio)
+    engine.latency.correction = bounded(asked)
+    choices = make(engine.aim * target)
+    if digest(choices) == digest(winner.choices):
+        return None
+    engine.report.detail(f"  final timing {winner.ratio:.3f} leaves room below {target:.3f}")
+    return replace(winner, choices=choices)
