@@ -55,7 +55,7 @@ class Outcome:
         losses: true loss by calibration batch; of a pruned trial, of the batches that it saw.
         ratio: predicted latency ratio; `excess`, that minus the budget's.
         plan: layer -> Candidate.key.
-        stage: "weights" or "move".
+        stage: "weights", "step" or "move".
     """
 
     losses: Sequence[float]
@@ -181,13 +181,18 @@ class Study:
         self._memory.add_trials(self.trials[len(held) : first])
         return self._memory
 
-    def tell(self, asked: Asked, outcome: Outcome | None) -> None:
-        """Store a trial with what it gave; None: there is no plan for its parameters."""
+    def tell(self, asked: Asked, outcome: Outcome | None, batch: tuple[int, int]) -> None:
+        """Store a trial with what it gave; None: there is no plan for its parameters.
+
+        Args:
+            batch: the first trial of its batch, and how many the batch has.
+        """
         from optuna.trial import TrialState
 
         memory, trial = asked.study, asked.trial
         # Its number in the storage will be another one where several runs work on the study.
         trial.set_user_attr("id", f"{self.worker}#{asked.number}")
+        trial.set_user_attr("batch", list(batch))
         if outcome is None:
             memory.tell(trial, state=TrialState.FAIL)
         else:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -139,13 +138,16 @@ class Trials:
     def batch(self, done: int, count: int) -> tuple[int, int]:
         """The first trial of the batch that trial number `done` belongs to, and the batch's end.
 
-        Where other runs work on the study, everybody takes one trial at a time.
+        A run may have been killed in the middle of its last batch.  Where other runs work on the
+        study, everybody takes one trial at a time.
         """
-        size, weighted = (1 if self.study.worker else TOGETHER), self.weighted(count)
-        ends = (weighted, count - self.moves(count), count)
-        low, high = next(pair for pair in pairwise((0, *ends)) if done < pair[1])
-        first = done - (done - low) % size
-        return first, min(first + size, high)
+        if self.study.worker:
+            return done, done + 1
+        last = self.study.trials[-1].user_attrs.get("batch") if done else None
+        if last and done < sum(last):
+            return last[0], sum(last)
+        ends = (self.weighted(count), count - self.moves(count), count)
+        return done, min(done + TOGETHER, next(end for end in ends if done < end))
 
     def solved(self, values: Mapping[str, float]) -> Choices | None:
         """The exact plan of weighted scores."""
@@ -173,7 +175,8 @@ class Trials:
         self.evaluating += time.monotonic() - began
         losses = iter(answers)
         for asked, plan in new:
-            self.study.tell(asked, self.outcome(stage, plan, next(losses)) if plan else None)
+            outcome = self.outcome(stage, plan, next(losses)) if plan else None
+            self.study.tell(asked, outcome, (first, len(trials)))
             advance()
 
     def outcome(
@@ -265,7 +268,8 @@ class Trials:
 
     def fits(self, plan: Choices) -> bool:
         """Whether a plan also keeps a budget that holds on each workload."""
-        return (self.engine.predicted_ratio(plan) or 0.0) <= self.ratio * (1 + TOLERANCE)
+        ratio = self.engine.predicted_ratio(plan)
+        return ratio is not None and ratio <= self.ratio * (1 + TOLERANCE)
 
     def summary(
         self, found: Sequence[study.Finished], overhead_ms: float | None

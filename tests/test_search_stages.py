@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,22 @@ def test_trials_start_from_the_exact_plan_lower_the_loss_and_resume(tmp_path: Pa
     assert [t.params for t in resumed.study.trials] == [t.params for t in trials.study.trials]
 
 
+def test_after_a_batch_that_was_cut_short_the_next_one_starts_from_what_it_found(
+    tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr("blast_search.trials.SHARES", (1.0, 0.5))  # two steps from a plan at most
+    world = Landscape(2)
+    trials, _ = run_trials(world, tmp_path / "a.db", 12)
+    found = [(t.user_attrs["stage"], t.user_attrs["batch"]) for t in trials.study.trials]
+    # The first two steps found a better plan: there are new steps from it, before any move.
+    assert found[2:6] == [("step", [2, 2])] * 2 + [("step", [4, 2])] * 2
+    for index, (_, (first, size)) in enumerate(found):
+        assert first <= index < first + size
+    firsts = sorted({tuple(batch) for _, batch in found})
+    assert all(a + n == b for (a, n), (b, _) in pairwise(firsts))
+    assert sum(firsts[-1]) == 12
+
+
 def test_trials_go_on_without_steps_where_no_gradient_is_to_be_had(tmp_path: Path, monkeypatch):
     def no_gradient(self, plan, loss, deadline):
         raise RuntimeError("not differentiable")
@@ -205,11 +222,11 @@ def test_trials_of_a_batch_differ_and_see_nothing_of_each_other(tmp_path: Path):
     )
     for first in range(0, 12, 4):
         for trial in one.ask(first, first + 4):
-            one.tell(trial, outcome(trial.values, prune=2.0))
+            one.tell(trial, outcome(trial.values, prune=2.0), (first, 4))
         for trial in two.ask(first, first + 4)[:2]:
-            two.tell(trial, outcome(trial.values, prune=2.0))
+            two.tell(trial, outcome(trial.values, prune=2.0), (first, 4))
         for trial in two.ask(first, first + 4)[2:]:  # half of the batch is known by now
-            two.tell(trial, outcome(trial.values, prune=2.0))
+            two.tell(trial, outcome(trial.values, prune=2.0), (first, 4))
     assert [t.params for t in one.trials] == [t.params for t in two.trials]
     assert len({tuple(t.params.values()) for t in one.trials}) == 12
     assert {t.state.name for t in one.trials} == {"COMPLETE", "PRUNED"}
@@ -222,7 +239,7 @@ def test_workers_take_over_each_others_trials_and_do_not_repeat_them(tmp_path: P
     def run(worker: study.Study, starts: Sequence[Mapping[str, float]] = ()) -> None:
         done = len(worker.trials)
         (asked,) = worker.ask(done, done + 1, starts)
-        worker.tell(asked, outcome(asked.values))
+        worker.tell(asked, outcome(asked.values), (done, 1))
         worker.flush()
 
     run(one, [{}])
