@@ -108,7 +108,7 @@ def work(url: str, name: str, trials: int, seconds: float) -> None:
     began = time.monotonic()
     while (done := study.sync()) < trials:
         (asked,) = study.ask(done, done + 1, [] if done else [{}])
-        study.tell(asked, judge(asked.values))
+        study.tell(asked, judge(asked.values), (done, 1))
         own += 1
     overhead = (time.monotonic() - began - spent) / max(own, 1)
     print(json.dumps({"worker": name, "trials": own, "overhead_ms": round(overhead * 1e3, 1)}))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from torch import nn
 
 from blast_search.closed_loop import TIMING_SECONDS
 from blast_search.decision import decide, infeasible, layer_target
-from blast_search.describe import Describer
+from blast_search.describe import Describer, write_front
 from blast_search.drop import within_drop
 from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
@@ -32,6 +33,10 @@ from blast_search.study import Storage
 
 if TYPE_CHECKING:
     from blast_search.pipeline import Pipeline
+
+
+# Settings in which runs that share a study may differ: losses compare all the same.
+OWN = ("max_drop", "profile", "storage", "trials", "time_limit", "retrain_steps", "seed")
 
 
 class Finish:
@@ -68,10 +73,11 @@ class Finish:
         if s.storage:
             # A database may hold the studies of many runs.  Runs of one folder name that ask
             # the same question, on several machines for instance, work on one study.
-            path = self.folder.resolve()
-            question = [s.budget, s.budget_scope, [[ly.name, *ly.shape] for ly in engine.layers]]
-            name = f"{storage.study}-{path.name}-{sha256_json(question)[:8]}"
-            storage = Storage(s.storage, name, f"{platform.node()}:{path}")
+            same = {key: v for key, v in asdict(s).items() if key not in OWN}
+            question = [same, [[ly.name, *ly.shape] for ly in engine.layers]]
+            name = f"{storage.study}-{self.folder.resolve().name}-{sha256_json(question)[:8]}"
+            me = self.records.once("worker", "worker", "study", lambda: uuid4().hex)
+            storage = Storage(s.storage, name, f"{platform.node()}:{me}")
         if s.budget is not None:
             target = layer_target(s.budget_scope, s.budget, dense, self.share)
             self.pipeline.settle(self.engine, target)
@@ -107,6 +113,9 @@ class Finish:
         since = time.monotonic()
         contenders = {"searched": winner} | decision.baselines
         metrics = {key: self.models.metric(c) for key, c in contenders.items()}
+        # On file before retraining, which runs a task's own code for the first time.
+        self.describer.plan(decision, winner, metrics).save(self.folder / "plan.json")
+        write_front(self.folder, points)
         steps = 0 if winner.all_dense else self.models.steps(winner, len(contenders))
         after = self.after(decision, contenders, steps)
         key = self.best(contenders, after or metrics)

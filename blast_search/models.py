@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,9 +83,11 @@ class Models:
 
         def affordable() -> int:
             model = self.build(contender)
-            retrain(task, model, self.prepared.model, 1, self.settings.seed)
             begin = time.monotonic()
-            retrain(task, model, self.prepared.model, 3, self.settings.seed)
+            with suppress(IncompatibleInputError):  # diverged: what counts here is the time
+                retrain(task, model, self.prepared.model, 1, self.settings.seed)
+                begin = time.monotonic()
+                retrain(task, model, self.prepared.model, 3, self.settings.seed)
             per_step = (time.monotonic() - begin) / 3
             left = 60 * limit - (time.monotonic() - self.pipeline.started)
             return max(1, min(steps, int(0.8 * left / contenders / per_step)))
@@ -105,10 +108,15 @@ class Models:
 
         def train() -> float:
             model, name = self.build(contender), f"short retraining of {contender.name}"
-            retrain(
-                p.task, model, p.model, steps, self.settings.seed, report=self.report, name=name
-            )
-            return worse_by(p.task, evaluate(p.task, model), self.pipeline.dense_metric)
+            try:
+                retrain(
+                    p.task, model, p.model, steps, self.settings.seed, report=self.report,
+                    name=name,
+                )  # fmt: skip
+                return worse_by(p.task, evaluate(p.task, model), self.pipeline.dense_metric)
+            except IncompatibleInputError as error:  # diverged: the other plan goes first
+                self.report.say(f"{name}: {error}")
+                return BROKEN
 
         kind = f"behind after {steps} steps"
         return float(self.records.once(kind, digest(contender.choices), contender.name, train))
@@ -126,7 +134,7 @@ class Models:
         if weights and not self.holds(key, contender):
             twin = self.twin(key, contender)
             if twin and known in self.records.measured:  # a uniform plan won: trained once
-                shutil.copytree(twin, folder, dirs_exist_ok=True)
+                copy_folder(twin, folder)
             else:
                 # The weights were lost (a kill between two files) or are another plan's: train
                 # again, with the same seed.
@@ -141,7 +149,7 @@ class Models:
 
     def twin(self, key: str, contender: Contender) -> Path | None:
         """Another contender's folder with the weights of the same plan."""
-        folders = sorted(self.folder.glob("*"))
+        folders = sorted(self.folder.glob("[!.]*"))
         return next((f for f in folders if f.name != key and self.holds(f.name, contender)), None)
 
     def holds(self, key: str, contender: Contender) -> bool:
@@ -196,3 +204,12 @@ class Models:
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
         return model
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """A copy that is there in full or not at all, whenever the program is killed."""
+    part = target.with_name(f".{target.name}.part")
+    for old in (part, target):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(source, part)
+    part.rename(target)

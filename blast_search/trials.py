@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -85,6 +85,8 @@ class Trials:
         self.engine, self.ratio, self.target = engine, engine.aim * target, target
         self.groups = study.parameter_groups(engine.layers)
         parameters = sorted({g for names in self.groups.values() for g in names})
+        if storage.worker:  # true losses compare at one ratio only, and some ratios are measured
+            storage = replace(storage, study=f"{storage.study}-{self.ratio:.3f}")
         self.study = study.Study(parameters, storage, seed)
         self.evaluating = 0.0  # seconds in building, judging and differentiating models
         self.deadline, self.correction = FOREVER, engine.latency.correction

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ from blast_search import decision
 from blast_search.errors import InfeasibleBudgetError, RunLockedError, UsageError
 from blast_search.files import locked
 from blast_search.front import plan_at
-from blast_search.space import SearchSpace
+from blast_search.plan import LayerPlan
+from blast_search.progress import SILENT
+from blast_search.settings import Settings
+from blast_search.space import Candidate, SearchSpace
 
 SPACE = SearchSpace(name="default", num_blocks=(1, 2), keep=(0.05, 0.1, 0.2, 0.35, 0.6))
 OPTIONS = {"space": SPACE, "workers": "local", "trials": 3, "retrain_steps": 2}
@@ -332,3 +336,83 @@ def test_the_bisection_tightens_and_relaxes_in_both_directions_of_a_metric(
     assert best.ratio == 0.71875
     finish.settings.max_drop = 0.0
     assert drop._bisect(finish, None) is None  # type: ignore[arg-type]
+
+
+class Raising(ToyTask):
+    def loss(self, model: nn.Module, batch: torch.Tensor, teacher: nn.Module) -> torch.Tensor:
+        raise RuntimeError("no such label")
+
+
+def test_a_loss_that_raises_leaves_the_plan_on_file(run: bs.Run, tmp_path: Path):
+    """Retraining is the first to call a task's loss, after everything was measured."""
+    copy = finished_but_not_retrained(run, tmp_path)
+    with pytest.raises(RuntimeError, match="no such label"):
+        bs.search(Raising(), budget=0.8, out=copy, resume=True, **OPTIONS)
+    plan = bs.Plan.load(copy)
+    assert plan.measured["met_budget"] is True
+    assert plan.measured["metric"]["compressed"] is not None
+    assert plan.measured["metric"].get("retrained") is None
+    assert (copy / "front.csv").is_file()
+    plan_at(copy, 0.9)
+
+
+def finished_but_not_retrained(run: bs.Run, tmp_path: Path) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder, copy)
+    for name in ("plan.json", "front.csv"):
+        (copy / name).unlink()
+    lines = (copy / "measured.csv").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("retrained", "behind"))]
+    (copy / "measured.csv").write_text("".join(kept))
+    return copy
+
+
+class Diverging(ToyTask):
+    def loss(self, model: nn.Module, batch: torch.Tensor, teacher: nn.Module) -> torch.Tensor:
+        return super().loss(model, batch, teacher) * float("nan")
+
+
+@pytest.mark.parametrize("limit", [None, 60.0])
+def test_training_that_diverges_does_not_end_the_search(tmp_path: Path, limit: float | None):
+    from blast_search.models import BROKEN, Models
+    from blast_search.runfolder import RunFolder
+
+    task = Diverging()
+    models = object.__new__(Models)
+    models.settings = Settings(budget=0.8, retrain_steps=10, time_limit=limit)
+    models.prepared = SimpleNamespace(task=task, model=task.model())  # type: ignore[assignment]
+    models.pipeline = SimpleNamespace(dense_metric=1.0, started=time.monotonic())  # type: ignore[assignment]
+    models.records, models.report = RunFolder(tmp_path), SILENT
+    models.build = lambda *_: bs.apply(task.model(), uniform_plan(task.model()))  # type: ignore[method-assign]
+    contender = SimpleNamespace(name="exact", choices={})
+    if limit is None:
+        assert models.recovered(contender) == BROKEN  # type: ignore[arg-type]
+    else:
+        assert 1 <= models.steps(contender, 3) <= 10  # type: ignore[arg-type]
+
+
+def uniform_plan(model: nn.Module) -> bs.Plan:
+    layers = bs.find_layers(model)
+    chosen = {layer.name: LayerPlan.of(layer, Candidate(1, 8)) for layer in layers}
+    return bs.Plan(model={}, layers=chosen)
+
+
+def test_a_copy_of_a_model_is_there_in_full_or_not_at_all(tmp_path: Path, monkeypatch):
+    from blast_search.models import copy_folder
+
+    source, target = tmp_path / "searched", tmp_path / "uniform"
+    source.mkdir()
+    (source / "model.safetensors").write_text("weights")
+    (source / "plan.json").write_text("{}")
+
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(SystemExit):
+            copy_folder(source, target)
+    assert not target.exists()
+    copy_folder(source, target)
+    assert {p.name for p in target.iterdir()} == {"model.safetensors", "plan.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"searched", "uniform"}
