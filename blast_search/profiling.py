@@ -43,8 +43,6 @@ class Profiler:
         """
         cells, table, report = self.prepared.cells(), self.table, self.report
         cache = open_cache(table.device)
-        if copied := table.merge(cache, missing_cells(table, cells)):
-            report.say(f"{copied} cells are known from earlier runs on this device ({cache.path})")
         before = gpu_state() if self.prepared.device.type == "cuda" else {}
         if profile == "pruned":
             self._measure(seed_cells(cells), "profile first cells", cache)
@@ -66,6 +64,11 @@ class Profiler:
             )
 
     def _measure(self, cells: Sequence[Cell], name: str, cache: LatencyTable) -> None:
+        # Only what would be measured: a resumed run must not see more cells than it did before.
+        if copied := self.table.merge(cache, missing_cells(self.table, cells)):
+            self.report.say(
+                f"{copied} cells are known from earlier runs on this device ({cache.path})"
+            )
         missing = missing_cells(self.table, cells)
         with self.report.stage(f"{name} ({resolve(self.workers)})", len(missing)) as advance:
 

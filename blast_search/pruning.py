@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from blast_search.space import DENSE, Candidate, LayerSpec
-from blast_search.tables import Cell, LatencyTable, Place
+from blast_search.tables import Cell, LatencyTable, Measurement, Place
 
 MARGIN = 0.08  # for the error of a prediction, on either side
 
@@ -41,11 +41,15 @@ def seed_cells(cells: Iterable[Cell]) -> list[Cell]:
 def promising_cells(
     layers: Sequence[LayerSpec], cells: Sequence[Cell], table: LatencyTable
 ) -> list[Cell]:
-    """The cells whose candidate some layer could choose, by the predictions of measured ones."""
+    """The cells whose candidate some layer could choose, as `seed_cells` predict them.
+
+    Others may be in the table, too: a run that is resumed must want the same cells as before.
+    """
     by_place: dict[Place, dict[Candidate, Cell]] = defaultdict(dict)
     for cell in cells:
         by_place[cell.place][cell.candidate] = cell
-    ratios = {place: _ratios(group, table) for place, group in by_place.items()}
+    seeds = {cell: table.cells.get(cell) for cell in seed_cells(cells)}
+    ratios = {place: _ratios(group, seeds) for place, group in by_place.items()}
     twins = table.dense_us()
     wanted: set[Cell] = set()
     for layer in layers:
@@ -77,11 +81,13 @@ def _hopeless(candidate: Candidate, costs: Mapping[Candidate, float]) -> bool:
     )  # fmt: skip
 
 
-def _ratios(group: Mapping[Candidate, Cell], table: LatencyTable) -> dict[Candidate, float]:
+def _ratios(
+    group: Mapping[Candidate, Cell], seeds: Mapping[Cell, Measurement | None]
+) -> dict[Candidate, float]:
     """Measured ratios to dense, and in between linear in the rank, of one shape's candidates."""
     known: dict[int, list[tuple[int, float]]] = defaultdict(list)
     for candidate, cell in sorted(group.items()):
-        if measured := table.cells.get(cell):
+        if measured := seeds.get(cell):
             known[candidate.num_blocks].append((candidate.rank, measured.ratio))
     found = {}
     for candidate in group:

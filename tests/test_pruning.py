@@ -79,3 +79,13 @@ def test_a_candidate_is_judged_by_all_its_calls(failed):
     assert {c.tokens for c in kept if c.candidate.num_blocks == 4} == {8, 64}
     if failed:  # no prediction at 64 tokens: its candidates have no cost of all calls
         assert not [c for c in kept if c.candidate.num_blocks == 8 and c.tokens == 64]
+
+
+def test_a_resumed_run_wants_the_same_cells():
+    def bent(cell) -> float:  # in between, nothing like the straight lines that the seeds predict
+        return 1.0 if cell.candidate.is_dense else 0.3 + 0.6 * (cell.candidate.rank % 3)
+
+    table, kept = pruned(bent)
+    for cell in kept[: len(kept) // 2]:
+        table.add(cell, measured(bent(cell)))
+    assert promising_cells([LAYER], CELLS, table) == kept
