@@ -51,6 +51,8 @@ def _bisect(finish: Finish, dense: Timing) -> Contender | None:
     best = None
     low, high = 0.0, 1.0
     for _ in range(ROUNDS):
+        if best and engine.deadline.expired():
+            break
         middle = (low + high) / 2
         contender = meet(engine, "exact", engine.exact, middle)
         if contender is None or not contender.feasible or contender.all_dense:

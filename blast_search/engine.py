@@ -68,6 +68,7 @@ class Engine:
     report: Reporter
     scope: str = "layers"
     mode: str = "eager"
+    deadline: Deadline = FOREVER  # of the search: what is optional ends there
     points: list[FrontPoint] = field(default_factory=list)
     rounds: list[dict[str, object]] = field(default_factory=list)
     additivity: dict[str, Any] = field(default_factory=dict)  # see additivity.py
@@ -247,7 +248,8 @@ class Engine:
         if self.space.uniform:
             return self.best_uniform(ratio, self.space.num_blocks)
         solution = self.solve(self.options(), ratio, weights, gap)
-        self.gap = max(self.gap, solution.gap)
+        if gap <= solver.GAP:  # trials are solved less tightly
+            self.gap = max(self.gap, solution.gap)
         return solution.choices
 
     def solve(

@@ -60,7 +60,8 @@ def final(
         decision = Decision(winner, timed, target, timings[0], trials, winner.feasible, make)
         if winner.feasible:
             best = _better(engine, best, decision)
-            again = larger(engine, winner, make, target) if round_ < LARGER else None
+            more = round_ < LARGER and not engine.deadline.expired()
+            again = larger(engine, winner, make, target) if more else None
         elif (
             best or round_ == FINAL_ROUNDS - 1
         ):  # a plan tightened now would not be timed any more

@@ -82,15 +82,18 @@ class Models:
             return steps
 
         def affordable() -> int:
+            since = time.monotonic()
             model = self.build(contender)
             begin = time.monotonic()
+            building = begin - since
             with suppress(IncompatibleInputError):  # diverged: what counts here is the time
                 retrain(task, model, self.prepared.model, 1, self.settings.seed)
                 begin = time.monotonic()
                 retrain(task, model, self.prepared.model, 3, self.settings.seed)
             per_step = (time.monotonic() - begin) / 3
             left = 60 * limit - (time.monotonic() - self.pipeline.started)
-            return max(1, min(steps, int(0.8 * left / contenders / per_step)))
+            each = 0.8 * left / contenders - building
+            return max(1, min(steps, int(each / per_step)))
 
         return int(self.records.once("steps", "steps", "retraining steps", affordable))
 

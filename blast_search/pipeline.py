@@ -122,6 +122,7 @@ def opened(
     """A pipeline in its locked run folder, new or resumed; nothing is written for bad input."""
     from blast_search.tasks import load_task
 
+    began = time.monotonic()
     resolve(workers)
     loaded = load_task(task) if isinstance(task, str) else task
     chosen = space if isinstance(space, SearchSpace) else load_space(settings.space)
@@ -137,7 +138,7 @@ def opened(
         if resume:
             settings = _continued(folder, settings, type(settings)(**stored))
             prepared = prepare(loaded, settings, chosen)
-        yield Pipeline(folder, settings, prepared, workers, ray_address, report)
+        yield Pipeline(folder, settings, prepared, workers, ray_address, report, began)
 
 
 def _continued(folder: Path, asked: Settings, stored: Settings) -> Settings:
@@ -168,12 +169,13 @@ class Pipeline:
         workers: str,
         ray_address: str | None,
         report: Reporter,
+        started: float,
     ) -> None:
         self.folder, self.settings, self.prepared = folder, settings, prepared
         self.workers, self.ray_address, self.report = workers, ray_address, report
         self.records = RunFolder.open(folder)
         self.seconds: dict[str, float] = {}
-        self.started = time.monotonic()
+        self.started = started  # before the task's model was built, which may take long
         self.dense_metric = float("nan")
         self.latency_check: dict[str, float] = {}
 
@@ -244,7 +246,9 @@ class Pipeline:
         """
 
         def measure() -> list[dict[str, Any]]:
-            return self.profiler(engine.latency.table).again(doubtful(engine, target))
+            late = engine.deadline.expired()
+            cells = [] if late else doubtful(engine, target)
+            return self.profiler(engine.latency.table).again(cells)
 
         rows = self.records.once("doubtful cells", f"{target:.4f}", "exact", measure)
         again = LatencyTable(self.prepared.fingerprint)
@@ -282,5 +286,5 @@ class Pipeline:
         write_rows(self.folder / "scores.csv", ScoreTable.FIELDS, scores.rows())
         return Engine(
             p.model, p.layers, p.space, p.workloads, panel, latency, scorer, scores,
-            self.records, self.report, self.settings.budget_scope, p.mode,
+            self.records, self.report, self.settings.budget_scope, p.mode, self.search_deadline,
         )  # fmt: skip

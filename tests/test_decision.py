@@ -11,7 +11,8 @@ import pytest
 from landscape import Silent
 
 from blast_search import decision
-from blast_search.deadline import FOREVER
+from blast_search.closed_loop import meet
+from blast_search.deadline import FOREVER, Deadline
 from blast_search.decision import _searched, decide
 from blast_search.engine import AIM, Contender
 from blast_search.errors import InfeasibleBudgetError
@@ -37,6 +38,7 @@ class World:
     rounds: list[Any] = field(default_factory=list)
     by_time: bool = True
     aim: float = AIM
+    deadline: Deadline = FOREVER
 
     def __post_init__(self) -> None:
         self.latency.asked_correction = lambda choices, ratio: 1000 * ratio / rank(choices)
@@ -222,3 +224,18 @@ def test_what_retraining_said_is_not_overruled_by_the_loss_before_it(monkeypatch
     monkeypatch.setattr(decision, "rivals", lambda *_: ["exact", "uniform low rank"])
     found = decided(world, monkeypatch, recovered=lambda c: float(c.name != "exact"))
     assert found.winner.name == "exact"
+
+
+def test_a_search_whose_time_is_up_ends_with_what_it_has_but_not_over_the_budget():
+    late = Deadline(0.0)
+    slow = World(lambda r, _: 0.8 * r / 1000, deadline=late)  # leaves room: no larger plan now
+    assert slow.final(290).winner.choices == plan(290)
+    found = meet(slow, "exact", slow.exact, TARGET)  # type: ignore[arg-type]
+    assert found
+    assert found.feasible
+    assert len(slow.timed) == 2
+    over = World(lambda r, _: 1.1 * r / 1000, deadline=late)
+    found = meet(over, "exact", over.exact, TARGET)  # type: ignore[arg-type]
+    assert found
+    assert found.feasible
+    assert over.final(290).met
