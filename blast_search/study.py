@@ -135,6 +135,11 @@ class Study:
         self._seen |= {t.user_attrs.get("id", t.number) for t in new}
         return len(self.trials)
 
+    @property
+    def alone(self) -> bool:
+        """Whether all trials so far are this run's."""
+        return all(worker_of(t) == self.worker for t in self.trials)
+
     def flush(self) -> None:
         """Wait until every finished trial is stored; raises what the storage raised."""
         while self._writes:

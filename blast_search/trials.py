@@ -141,9 +141,9 @@ class Trials:
         """The first trial of the batch that trial number `done` belongs to, and the batch's end.
 
         A run may have been killed in the middle of its last batch.  Where other runs work on the
-        study, everybody takes one trial at a time.
+        study, everybody takes one trial at a time: of equal histories they would make equal steps.
         """
-        if self.study.worker:
+        if not self.study.alone:
             return done, done + 1
         last = self.study.trials[-1].user_attrs.get("batch") if done else None
         if last and done < sum(last):

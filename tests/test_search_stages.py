@@ -252,6 +252,22 @@ def test_workers_take_over_each_others_trials_and_do_not_repeat_them(tmp_path: P
     assert len({tuple(t.params.values()) for t in one.trials}) == 7
 
 
+def test_a_run_alone_on_a_database_works_in_batches_and_goes_on_anywhere(tmp_path: Path):
+    def run(file: str, count: int, worker: str = "me") -> list[Any]:
+        storage = study.Storage(f"sqlite:///{tmp_path / file}", "s", worker)
+        trials = Trials(Landscape(2), TARGET, storage, 0)  # type: ignore[arg-type]
+        trials.run(count, {}, FOREVER)
+        return trials.study.trials
+
+    whole = run("whole.db", 12)
+    assert [t.user_attrs["batch"] for t in whole[2:6]] == [[2, 4]] * 4
+    storage = study.Storage(f"sqlite:///{tmp_path / 'part.db'}", "s-0.390", "me")
+    study.Study([], storage, 0)._stored.add_trials(whole[:4])
+    assert [t.params for t in run("part.db", 12)] == [t.params for t in whole]
+    run("part.db", 14, "another")
+    assert [t.user_attrs["batch"][1] for t in run("part.db", 17)[-3:]] == [1] * 3
+
+
 def test_a_database_that_cannot_be_used_is_one_plain_line():
     for url in ("nonsense", "sqlite:////nowhere/at/all/study.db"):
         with pytest.raises(BlastSearchError, match=r"--storage: the database .* cannot be used"):
