@@ -317,3 +317,23 @@ def test_kinds_and_pictures(tmp_path: Path) -> None:
 def test_importing_the_report_does_not_import_matplotlib() -> None:
     code = "import sys, blast_search.report; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("best", "said"),
+    [(1.0, "did not pay"), (0.97, "3.0% against the exact plan"), (0.9, "10.0% against")],
+)
+def test_what_the_trials_brought_is_said_plainly(best: float, said: str):
+    from types import SimpleNamespace
+
+    from blast_search.describe import Describer
+
+    tuning = {
+        "trials": 20, "exact_loss": 1.0, "best_loss": best, "lowered_loss_by": 1 - best,
+        "weights_loss": 1.0, "steps_loss": best, "moves_loss": 0.99,
+    }  # fmt: skip
+    describer = Describer(None, SimpleNamespace(tuning=tuning), 0, 0.0)  # type: ignore[arg-type]
+    text = describer.trials_paid()
+    assert said in text
+    assert ("That is little: --trials 0" in text) == (0.95 < best < 1)
+    assert ("a step along the gradient" in text) == (best < 1)
