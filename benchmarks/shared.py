@@ -155,7 +155,7 @@ def measure(model: nn.Module, batch: Any, b: int, seconds: float) -> dict[str, A
     }
     sets: dict[str, Mapping[str, nn.Module]] = {
         "dense": dense,
-        "fixed": stubs(layers),
+        "fixed": stubs(dense),
         "separate": dense | modules,
         "shared": dense | shared(modules, groups),
     }

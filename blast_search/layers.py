@@ -209,12 +209,21 @@ def swapped(
 class Stub(nn.Module):
     """Returns zeros of a linear layer's output shape at almost no cost.
 
-    A model whose searched layers are stubs takes the time of everything *outside* them.
+    A model whose searched layers are stubs takes the time of everything *outside* them.  Models
+    also read attributes of their layers (T5 the dtype of a weight), so a stub has those of the
+    layer it stands for; its parameters are the same objects, not copies.
     """
 
-    def __init__(self, out_features: int, zeros: dict[Any, Tensor]) -> None:
+    in_features: int
+    out_features: int
+
+    def __init__(self, dense: nn.Module, zeros: dict[Any, Tensor]) -> None:
         super().__init__()
-        self.out_features, self._zeros = out_features, zeros
+        self.out_features, self.in_features = dense_weight(dense).shape
+        for name in ("weight", "bias", "nf", "nx"):  # the last two: Hugging Face's Conv1D
+            if hasattr(dense, name):
+                setattr(self, name, getattr(dense, name))
+        self._zeros = zeros
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (*x.shape[:-1], self.out_features)
@@ -224,7 +233,7 @@ class Stub(nn.Module):
         return self._zeros[key]
 
 
-def stubs(layers: Sequence[LayerSpec]) -> dict[str, nn.Module]:
-    """A stub per layer; they share their zeros, which would otherwise be gigabytes."""
+def stubs(dense: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """A stub for each dense layer; they share their zeros, which would otherwise be gigabytes."""
     zeros: dict[Any, Tensor] = {}
-    return {layer.name: Stub(layer.out_features, zeros) for layer in layers}
+    return {name: Stub(module, zeros) for name, module in dense.items()}

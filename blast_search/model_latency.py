@@ -80,16 +80,17 @@ def time_variants(
     """
     device = next(model.parameters()).device
     before = get_modules(model, layers)
-    sets = {"dense": before, "fixed": stubs(layers)} | {
+    sets = {"dense": before, "fixed": stubs(before)} | {
         name: before | dict(modules) for name, modules in variants.items()
     }
     total: dict[str, np.ndarray] = {}
     alone: list[dict[str, np.ndarray]] = []
+    # Moved while the dense layers are in place: what replaces them may be without parameters.
+    batches = [to_device(share.batch, model) for share in workloads]
     training = model.training
     try:
         model.eval()
-        for share in workloads:
-            batch = to_device(share.batch, model)
+        for share, batch in zip(workloads, batches, strict=True):
 
             def prepare(name: str) -> None:
                 set_modules(model, layers, sets[name])

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from toy import Net, ToyTask
 
 from blast_search import model_latency, workers
@@ -214,6 +215,17 @@ def test_time_variants_restores_the_model_and_reports_ratios():
     assert timing.ci95_ms[0] <= timing.median_ms <= timing.ci95_ms[1]
     assert 0.2 < timing.ratio_model < 5
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_model_of_searched_layers_only_is_timed_on_two_workloads():
+    model = nn.Sequential(nn.Linear(256, 1024), nn.Linear(1024, 256)).eval()
+    workloads = [Workload("a", torch.randn(64, 256)), Workload("b", torch.randn(32, 256))]
+    layers = find_layers(model)
+    timing = time_variants(model, layers, {"same": {}}, workloads, 0.1)["same"]
+    assert len(timing.by_workload) == 2
+    # Also where a variant has no parameters at all.
+    bare = {layer.name: nn.Identity() for layer in layers}
+    time_variants(model, layers, {"bare": bare}, workloads, 0.1)
 
 
 def test_layers_without_weight_in_time_are_reported():

@@ -76,7 +76,7 @@ def test_tied_shared_and_unused_layers():
     assert skipped["left"] == "weight tied to right"
     assert skipped["out"] == "weight tied to embed"
     assert skipped["unused"] == "not called as a module by the workload"
-    with swapped(model, layers, {"shared": Stub(8, {})}):
+    with swapped(model, layers, {"shared": Stub(model.shared, {})}):
         assert model.shared is model.again
         assert isinstance(model.again, Stub)
     assert model.shared is model.again
@@ -157,9 +157,43 @@ def test_stub_and_restore():
     model = Net().eval()
     layers = find_layers(model)
     before = get_modules(model, layers)
-    with swapped(model, layers, stubs(layers)), torch.no_grad():
+    with swapped(model, layers, stubs(before)), torch.no_grad():
         assert float(model(torch.randn(2, 3, WIDTH)).abs().max()) == 0
     assert get_modules(model, layers) == before
+
+
+class Reading(nn.Module):
+    """Reads its layers' attributes, as T5 (dtype), samplers (device) and GPT-2 (sizes) do."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        x = x.to(next(self.parameters()).device).to(self.first.weight.dtype)
+        x = self.first(x)
+        wide = getattr(self.second, "in_features", None) or self.second.nx
+        return self.second(x[..., :wide] + self.first.bias) + 0
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_models_may_read_what_a_stub_stands_for(conv: bool):
+    make = nn.Linear
+    if conv:
+        utils = pytest.importorskip("transformers.pytorch_utils")
+        make = lambda n, m: utils.Conv1D(m, n)  # noqa: E731
+    model = Reading(make(6, 8), make(8, 8)).bfloat16().eval()
+    x = torch.randn(2, 6)
+    layers, _ = found(model, x)
+    dense = get_modules(model, layers)
+    assert len(dense) == 2
+    owned = list(model.parameters())
+    with swapped(model, layers, stubs(dense)), torch.no_grad():
+        assert float(model(x).abs().max()) == 0
+        assert model.first.in_features == 6
+        for mine, theirs in zip(model.parameters(), owned, strict=True):
+            assert mine is theirs
+    assert get_modules(model, layers) == dense
 
 
 def test_divergence():
@@ -197,8 +231,10 @@ def test_layers_called_by_keyword_have_grams():
 
 def test_stubs_share_their_zeros():
     task = ToyTask()
-    layers, _ = found(task.model(), task.workload())
-    first, second, *_ = (m for n, m in stubs(layers).items() if n.endswith("fc1"))
+    model = task.model()
+    layers, _ = found(model, task.workload())
+    dense = get_modules(model, layers)
+    first, second, *_ = (m for n, m in stubs(dense).items() if n.endswith("fc1"))
     assert first(task.workload()) is second(task.workload())
 
 
