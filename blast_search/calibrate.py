@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +15,16 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.layers import get_modules
 from blast_search.space import LayerSpec
 
+Read = tuple[int, int]  # which tensor, and how often it was changed; see _Pass.read
+
 
 @torch.no_grad()
 def collect_grams(
     model: nn.Module, layers: Sequence[LayerSpec], batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
-    """Run the calibration batches and average x x^T over real tokens.
+    """Run the calibration batches and average x x^T over real tokens, of all calls of a layer.
 
-    Layers that read the same tensor (query, key, value; gate, up) share one Gram.
+    Layers that always read the same tensors (query, key, value; gate, up) share one Gram.
 
     Returns:
         Layer name -> (n, n) float32 on the CPU; a layer that no batch reached is left out.
@@ -31,18 +35,84 @@ def collect_grams(
     if not batches:
         raise IncompatibleInputError("calibration() of the task gave no batch, expected some.")
     modules = get_modules(model, layers)
-    leaders: dict[str, str] = {}
-    grams: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    inputs: dict[int, tuple[Tensor, str]] = {}  # holds the tensors, so that ids stay unique
-    current: Batch = None
+    # Layers share by their first call, as a Gram of each would be too much memory.  Where later
+    # calls differ, the pass begins anew with such layers in different families (rare).
+    families: dict[str, int] = dict.fromkeys(modules, 0)
+    while True:
+        attempt = _Pass(families)
+        hooks = [
+            module.register_forward_pre_hook(partial(attempt.record, name), with_kwargs=True)
+            for name, module in modules.items()
+        ]
+        training = model.training
+        try:
+            model.eval()
+            as_one = all(attempt.run(model, batch) for batch in batches)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            model.train(training)
+        if as_one:
+            return attempt.averages()
 
-    def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        leader = leaders.setdefault(name, inputs.setdefault(id(x), (x, name))[1])
-        if leader != name:
-            return
-        mask = token_mask(current, tuple(x.shape)) if x.dim() == 3 else None
+
+class _Pass:
+    """Grams of a run over the batches: one for each group of layers that read the same.
+
+    Args:
+        families: by layer; layers of different families never share.  `run` splits them further.
+    """
+
+    def __init__(self, families: dict[str, int]) -> None:
+        self.families = families
+        self.leaders: dict[str, str] = {}  # by layer, the one whose Gram it shares (or itself)
+        self.grams: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = defaultdict(int)
+        self.batch: Batch = None
+        # Of the current batch: what each layer read, call by call; the layer that was first to
+        # read something in its first call; the tensors, held so that their ids stay unique.
+        self.reads: dict[str, list[Read]] = defaultdict(list)
+        self.first: dict[tuple[Read, int], str] = {}
+        self.held: list[Tensor] = []
+
+    def run(self, model: nn.Module, batch: Batch) -> bool:
+        """Add a batch; False, with families split, where layers of a group read differently."""
+        self.batch = batch
+        call_model(model, to_device(batch, model))
+        odd = False
+        split: dict[tuple[str, tuple[Read, ...]], int] = {}
+        for name, leader in self.leaders.items():
+            if self.reads[name] != self.reads[leader]:
+                odd = True
+                key = leader, tuple(self.reads[name])
+                fresh = max(self.families.values()) + 1
+                self.families[name] = split.setdefault(key, fresh)
+        self.reads.clear()
+        self.first.clear()
+        self.held.clear()
+        return not odd
+
+    def record(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """A call of a layer."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        read = self.read(x)
+        if name not in self.leaders:
+            self.leaders[name] = self.first.setdefault((read, self.families[name]), name)
+        self.reads[name].append(read)
+        if self.leaders[name] == name:
+            self.add(name, x)
+
+    def read(self, x: Tensor) -> Read:
+        """What tells an input from the others of this batch: x += 1 makes another one of x."""
+        self.held.append(x)
+        # Changes of inference tensors are not counted: each call counts as another input.
+        return (id(x), x._version) if not x.is_inference() else (-len(self.held), 0)
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Add the rows of an input (..., n) to the sum of a leader."""
+        mask = token_mask(self.batch, tuple(x.shape)) if x.dim() == 3 else None
         rows = (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
         # On the CPU: those of a large language model would fill its GPU.
         gram = (rows.T @ rows).cpu()
@@ -51,24 +121,11 @@ def collect_grams(
                 f"layer {name}: its input on the calibration data holds NaN or infinity. "
                 "Check the calibration batches."
             )
-        grams[name] = grams[name].add_(gram) if name in grams else gram
-        counts[name] = counts.get(name, 0) + len(rows)
+        self.grams[name] = self.grams[name].add_(gram) if name in self.grams else gram
+        self.counts[name] += len(rows)
 
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda _m, args, kwargs, name=name: record(name, args, kwargs), with_kwargs=True
-        )
-        for name, module in modules.items()
-    ]
-    training = model.training
-    try:
-        model.eval()
-        for current in batches:
-            call_model(model, to_device(current, model))
-            inputs.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
-    averages = {name: gram.div_(max(counts[name], 1)) for name, gram in grams.items()}
-    return {name: averages[leader] for name, leader in leaders.items()}
+    def averages(self) -> dict[str, Tensor]:
+        """The Gram of every layer that was called; not to be added to afterwards."""
+        for name, gram in self.grams.items():
+            gram.div_(max(self.counts[name], 1))
+        return {name: self.grams[leader] for name, leader in self.leaders.items()}
