@@ -48,6 +48,25 @@ def to_device(batch: Any, model: nn.Module) -> Any:
 
 
 @contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Within it, models are in eval mode; afterwards every submodule is in the mode it had.
+
+    Modes may differ inside a model: a frozen BatchNorm stays in eval mode while others train.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    roots = [(model, model.training) for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, mode in roots:
+            model.train(mode)  # some models do more in `train` than setting the flag
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def anywhere(*models: nn.Module) -> Iterator[None]:
     """Within it, models take inputs from any device and in any floating dtype.
 

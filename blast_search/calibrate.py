@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blast_search.batches import Batch, call_model, to_device, token_mask
+from blast_search.batches import Batch, call_model, evaluating, to_device, token_mask
 from blast_search.errors import IncompatibleInputError
 from blast_search.layers import get_modules
 from blast_search.space import LayerSpec
@@ -44,14 +44,12 @@ def collect_grams(
             module.register_forward_pre_hook(partial(attempt.record, name), with_kwargs=True)
             for name, module in modules.items()
         ]
-        training = model.training
         try:
-            model.eval()
-            as_one = all(attempt.run(model, batch) for batch in batches)
+            with evaluating(model):
+                as_one = all(attempt.run(model, batch) for batch in batches)
         finally:
             for hook in hooks:
                 hook.remove()
-            model.train(training)
         if as_one:
             return attempt.averages()
 

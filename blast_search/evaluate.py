@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from blast_search.batches import Batch, anywhere, call_model, to_device
+from blast_search.batches import Batch, anywhere, call_model, evaluating, to_device
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.layers import Workload
 from blast_search.plan import Choices
@@ -117,13 +117,8 @@ def evaluate(task: Task, model: nn.Module) -> float:
     Raises:
         IncompatibleInputError: the metric is not a finite number.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), anywhere(model):
-            value = float(task.evaluate(model))
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), anywhere(model):
+        value = float(task.evaluate(model))
     if value != value or value in (float("inf"), float("-inf")):
         raise IncompatibleInputError(f"task {task.name}: the metric is {value}, not finite.")
     return value

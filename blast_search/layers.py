@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blast_search.batches import Batch, call_model, output_tensor, to_device
+from blast_search.batches import Batch, call_model, evaluating, output_tensor, to_device
 from blast_search.errors import IncompatibleInputError
 from blast_search.space import Call, LayerSpec, SearchSpace
 
@@ -133,13 +133,11 @@ def _trace(
         outputs[module] = output  # kept alive, so that its storage is not reused
 
     hooks = [module.register_forward_hook(record) for module in linears]
-    training = model.training
     try:
-        model.eval()
         for workload in workloads:
             weight, name = workload.weight, workload.name
             try:
-                with torch.no_grad():
+                with torch.no_grad(), evaluating(model):
                     output = call_model(model, to_device(workload.batch, model))
             except Exception as error:
                 raise IncompatibleInputError(
@@ -154,7 +152,6 @@ def _trace(
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     return {module: tuple(calls[module]) for module in linears}, heads
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from blast_search.batches import call_model, to_device
+from blast_search.batches import call_model, evaluating, to_device
 from blast_search.errors import IncompatibleInputError
 from blast_search.latency import MIN_ROUNDS, interleave, synchronizer
-from blast_search.layers import Workload, get_modules, set_modules, stubs
+from blast_search.layers import Workload, get_modules, set_modules, stubs, swapped
 from blast_search.modes import timed_call
 from blast_search.noise import half_width, median_interval
 from blast_search.plan import Choices
@@ -87,9 +87,7 @@ def time_variants(
     alone: list[dict[str, np.ndarray]] = []
     # Moved while the dense layers are in place: what replaces them may be without parameters.
     batches = [to_device(share.batch, model) for share in workloads]
-    training = model.training
-    try:
-        model.eval()
+    with evaluating(model), swapped(model, layers, before):
         for share, batch in zip(workloads, batches, strict=True):
 
             def prepare(name: str) -> None:
@@ -124,9 +122,6 @@ def time_variants(
             for name, values in times.items():
                 total[name] = total.get(name, 0.0) + values[:rounds] * share.weight / 1e3
             total = {name: values[:rounds] for name, values in total.items()}
-    finally:
-        set_modules(model, layers, before)
-        model.train(training)
     return {
         name: replace(
             _timing(total, name),

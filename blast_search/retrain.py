@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blast_search.batches import Batch, anywhere, to_device
+from blast_search.batches import Batch, anywhere, evaluating, to_device
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.evaluate import Task
 from blast_search.matrix import BlastLinear
@@ -127,7 +127,6 @@ def _training(
     """
     flags = [(p, p.requires_grad) for p in (*model.parameters(), *teacher.parameters())]
     dtypes = [(t, t.dtype) for t in _floats(model)]
-    modes = [(module, module.training) for module in (*model.modules(), *teacher.modules())]
     try:
         for tensor, _ in dtypes:
             tensor.data = tensor.data.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -135,12 +134,9 @@ def _training(
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        teacher.eval()
-        model.eval()  # dropout would add noise to a distillation target
-        yield
+        with evaluating(model, teacher):  # dropout would add noise to a distillation target
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None

@@ -11,7 +11,10 @@ from blast_search import BlastLinear, find_layers
 from blast_search.batches import divergence, output_tensor
 from blast_search.calibrate import collect_grams
 from blast_search.errors import IncompatibleInputError
+from blast_search.evaluate import evaluate
 from blast_search.layers import Stub, Workload, get_modules, inventory, stubs, swapped
+from blast_search.model_latency import time_variants
+from blast_search.retrain import retrain
 from blast_search.space import Call, SearchSpace
 
 
@@ -259,6 +262,29 @@ def test_models_may_read_what_a_stub_stands_for(conv: bool):
         for mine, theirs in zip(model.parameters(), owned, strict=True):
             assert mine is theirs
     assert get_modules(model, layers) == dense
+
+
+def test_modes_inside_a_model_come_back():
+    class Frozen(ToyTask):
+        def evaluate(self, model):
+            assert not any(m.training for m in model.modules())
+            return 0.0
+
+    model, teacher = Frozen().model(), Frozen().model()
+    x = ToyTask().workload()
+    for whole in (model, teacher):
+        whole.train()
+        whole.blocks[1].norm.eval()  # as a frozen BatchNorm
+        whole.blocks[0].fc1.eval()
+    modes = {name: m.training for name, m in model.named_modules()}
+    layers, _ = inventory(model, [Workload("w", x)], SearchSpace())
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    collect_grams(model, layers, [x])
+    evaluate(Frozen(), model)
+    time_variants(model, layers, {"same": {}}, [Workload("w", x)], 0.05, 2, 2)
+    retrain(ToyTask(), model, teacher, 1)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert {name: m.training for name, m in teacher.named_modules()} == modes
 
 
 def test_divergence():
