@@ -37,6 +37,11 @@ def is_linear(module: nn.Module) -> bool:
     return (plain and not hasattr(module, "parametrizations")) or is_conv1d(module)
 
 
+def _is_special(module: nn.Module) -> bool:
+    """A kind of nn.Linear that may not be replaced, as it computes something else."""
+    return isinstance(module, nn.Linear) and not is_linear(module)
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The (m, n) weight of a linear layer, detached."""
     weight = module.weight
@@ -76,11 +81,18 @@ def inventory(
             owners[id(parameter)].append(paths[0])
 
     linears = {module: paths for module, paths in names.items() if is_linear(module)}
-    calls, heads = _trace(model, linears, workloads)
+    calls, heads = _trace(model, list(linears), workloads)
     # Their weights are read by a function that does not call them.
     attention = {m.out_proj for m in names if isinstance(m, nn.MultiheadAttention)}
     layers, skipped = [], {}
-    for module, (name, *aliases) in linears.items():
+    for module, (name, *aliases) in names.items():
+        if _is_special(module):
+            parametrized = hasattr(module, "parametrizations")
+            skipped[name] = "its weight is parametrized" if parametrized else (
+                f"{type(module).__name__} has a forward of its own"
+            )  # fmt: skip
+        if module not in linears:
+            continue
         weight = dense_weight(module)
         if not weight.is_meta and not bool(weight.isfinite().all()):
             raise IncompatibleInputError(
@@ -114,11 +126,43 @@ def inventory(
                 space.tie(name, (m, n)),
             )
         )  # fmt: skip
-    return layers, skipped
+    unreached = _unreached(model, layers, workloads)
+    return [layer for layer in layers if layer.name not in unreached], skipped | unreached
+
+
+def _unreached(
+    model: nn.Module, layers: Sequence[LayerSpec], workloads: Sequence[Workload]
+) -> dict[str, str]:
+    """The layers that a model would still call, or no longer, were they replaced; and why.
+
+    A model that calls its layers through a list of its own never sees a replacement, which would
+    look as if it took no time.  So each workload is run once more, with stand-ins in place that
+    compute the same: a change of values may change what is called.
+    """
+    if not layers or not workloads:
+        return {}
+    dense = get_modules(model, layers)
+    stand_ins = {name: _StandIn(module) for name, module in dense.items()}
+    try:
+        with swapped(model, layers, stand_ins):
+            calls, _ = _trace(model, [*dense.values(), *stand_ins.values()], workloads)
+    except IncompatibleInputError as error:
+        cause = error.__cause__
+        raise IncompatibleInputError(
+            f"the model cannot be called once its layers are replaced: {type(cause).__name__}: "
+            f"{cause}. Exclude the layers that its forward reads."
+        ) from error
+    reasons = {}
+    for name, module in dense.items():
+        if calls[module]:
+            reasons[name] = "called by another reference than its name"
+        elif not calls[stand_ins[name]]:
+            reasons[name] = "not called where it is replaced"
+    return reasons
 
 
 def _trace(
-    model: nn.Module, linears: Mapping[nn.Module, list[str]], workloads: Sequence[Workload]
+    model: nn.Module, linears: Sequence[nn.Module], workloads: Sequence[Workload]
 ) -> tuple[dict[nn.Module, tuple[Call, ...]], set[nn.Module]]:
     """Run each workload once: the calls of every linear layer, and the output heads."""
     calls: dict[nn.Module, list[Call]] = defaultdict(list)
@@ -228,6 +272,17 @@ class Stub(nn.Module):
         if key not in self._zeros:
             self._zeros[key] = x.new_zeros(shape)
         return self._zeros[key]
+
+
+class _StandIn(Stub):
+    """Computes what a dense layer does, but the dense layer's hooks do not notice."""
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__(dense, {})
+        self._compute = dense.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._compute(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 def stubs(dense: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

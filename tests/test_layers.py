@@ -86,6 +86,92 @@ def test_tied_shared_and_unused_layers():
     assert isinstance(model.again, nn.Linear)
 
 
+class Listed(nn.Module):
+    """Calls two of its layers through a list that PyTorch does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.order = [self.a, self.b]
+
+    def forward(self, x):
+        for layer in self.order:
+            x = layer(x)
+        return self.d(x) + self.a(self.c(x)) + 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_called_by_another_reference_are_left_alone(device: str):
+    with torch.device(device):
+        model, x = Listed().train(), torch.randn(3, 8)
+    before = dict(model.named_modules())
+    layers, skipped = inventory(model, [Workload("w", x)], SearchSpace())
+    assert [layer.name for layer in layers] == ["c", "d"]
+    # Replacing `a` would change one of its two calls.
+    assert skipped == dict.fromkeys("ab", "called by another reference than its name")
+    assert dict(model.named_modules()) == before
+    assert all(m.training and not m._forward_hooks for m in model.modules())
+
+
+def test_what_is_called_does_not_hang_on_the_values_of_replaced_layers():
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(8, 8)
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x):
+            return self.experts[int(bool(self.gate(x).abs().sum() > 0))](x) + 0
+
+    layers, skipped = found(Routed(), torch.randn(3, 8))
+    assert [layer.name for layer in layers] == ["gate", "experts.1"]
+    assert skipped == {"experts.0": "not called as a module by the workload"}
+
+
+def test_layers_that_are_called_once_for_all_are_left_alone():
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.kept = nn.Linear(8, 8), nn.Linear(8, 8), None
+
+        def forward(self, x):
+            self.kept = self.a(x) if self.kept is None else self.kept
+            return self.b(x) + self.kept
+
+    layers, skipped = found(Kept(), torch.randn(3, 8))
+    assert [layer.name for layer in layers] == ["b"]
+    assert skipped == {"a": "not called where it is replaced"}
+
+
+def test_a_model_that_needs_its_own_layers_is_refused():
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.a.scale = 2.0
+
+        def forward(self, x):
+            return self.b(self.a(x)) * self.a.scale
+
+    x = torch.randn(3, 8)
+    with pytest.raises(IncompatibleInputError, match=r"layers are replaced: .*'scale'.*Exclude"):
+        found(Marked(), x)
+    assert [ly.name for ly in found(Marked(), x, SearchSpace(exclude=("a",)))[0]] == ["b"]
+
+
+def test_other_kinds_of_linear_layers_are_left_alone():
+    class Scaled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(nn.Linear(8, 8), Scaled(8, 8), nn.Linear(8, 8), nn.ReLU())
+    nn.utils.parametrizations.weight_norm(model[2])
+    layers, skipped = found(model, torch.randn(3, 8))
+    assert [layer.name for layer in layers] == ["0"]
+    assert skipped == {"1": "Scaled has a forward of its own", "2": "its weight is parametrized"}
+    assert [layer.name for layer in find_layers(model)] == ["0"]
+
+
 def test_conv1d_is_found():
     utils = pytest.importorskip("transformers.pytorch_utils")
     model = nn.Sequential(utils.Conv1D(12, 8), nn.ReLU(), nn.Linear(12, 4))
