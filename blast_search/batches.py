@@ -5,8 +5,9 @@ A batch is a tensor, called as model(x); a tuple, model(*x); or a dict, model(**
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -114,8 +115,12 @@ def anywhere(*models: nn.Module) -> Iterator[None]:
 def output_tensor(output: Any) -> tuple[Tensor, bool]:
     """The tensor that carries an output's meaning, and whether it holds class logits.
 
-    Tensors stand for themselves; Hugging Face outputs give `.logits` if they have them, else
-    their first tensor; tuples give their first tensor.
+    Tensors stand for themselves; Hugging Face outputs give `.logits` if they have them.  Of other
+    containers (dicts, tuples, lists, dataclasses, also nested) it is the first floating tensor,
+    but a scalar, most often a loss, only where there is no other.
+
+    Raises:
+        IncompatibleInputError: there is no floating tensor.
     """
     if isinstance(output, Tensor):
         return output, False
@@ -123,15 +128,29 @@ def output_tensor(output: Any) -> tuple[Tensor, bool]:
     logits = getattr(output, "logits", None) if logits is None else logits
     if isinstance(logits, Tensor):
         return logits, True
-    values = output.values() if isinstance(output, Mapping) else output
-    if isinstance(values, tuple | list) or isinstance(output, Mapping):
-        for value in values:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return value, False
+    found = [value for value in _tensors(output) if value.is_floating_point()]
+    if found:
+        return next((value for value in found if value.dim()), found[0]), False
     raise IncompatibleInputError(
         f"the model returned {type(output).__name__} without a tensor. Expected a tensor, a "
         "tuple or an output with .logits: wrap the model so that it returns one."
     )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors inside an output, depth first."""
+    if isinstance(output, Tensor):
+        yield output
+        return
+    values: Iterable[Any] = ()
+    if isinstance(output, Mapping):
+        values = output.values()
+    elif isinstance(output, tuple | list):
+        values = output
+    elif is_dataclass(output) and not isinstance(output, type):
+        values = [getattr(output, field.name) for field in fields(output)]
+    for value in values:
+        yield from _tensors(value)
 
 
 def token_mask(batch: Batch, shape: tuple[int, ...]) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -390,6 +392,47 @@ def test_divergence():
     assert divergence(c, b, mask) == 0  # padding does not count
     with pytest.raises(IncompatibleInputError, match="without a tensor"):
         output_tensor("text")
+
+
+@dataclass
+class Detection:
+    loss: torch.Tensor
+    boxes: list[torch.Tensor]
+
+
+def test_the_tensor_that_an_output_is_about():
+    loss, ids, wanted, other = torch.tensor(2.0), torch.arange(3), torch.ones(3, 2), torch.ones(4)
+    for output in (
+        {"loss": loss, "pred": wanted, "more": other},
+        (loss, ids, [None, {"deep": wanted}], other),
+        Detection(loss, [wanted, other]),
+        {"loss": loss, "inner": Detection(loss, [wanted])},
+    ):
+        tensor, logits = output_tensor(output)
+        assert tensor is wanted
+        assert not logits
+    assert output_tensor({"loss": loss, "ids": ids}) == (loss, False)  # a scalar is all there is
+    for output in ({"ids": ids}, Detection, [], None):
+        with pytest.raises(IncompatibleInputError, match="without a tensor"):
+            output_tensor(output)
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    masked = outputs.MaskedLMOutput(loss=loss, logits=wanted, hidden_states=(other,))
+    assert output_tensor(masked) == (wanted, True)
+    plain = outputs.BaseModelOutput(hidden_states=(wanted,))
+    assert output_tensor(plain) == (wanted, False)
+
+
+def test_the_output_head_is_found_beside_a_loss():
+    class Losing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 6)
+
+        def forward(self, x):
+            y = self.b(self.a(x))
+            return {"loss": y.mean(), "pred": y}
+
+    assert found(Losing(), torch.randn(3, 8))[1] == {"b": "output head"}
 
 
 def test_layers_called_by_keyword_have_grams():
