@@ -34,12 +34,15 @@ def model_fingerprint(model: nn.Module) -> str:
     return sha256_json(shapes)[:16]
 
 
-def plan_layers(model: nn.Module, plan: Plan) -> list[LayerSpec]:
+def plan_layers(model: nn.Module, plan: Plan, finite: bool = True) -> list[LayerSpec]:
     """The plan's layers as they are in the model.
 
+    Args:
+        finite: whether weights must be; not where others take their place.
+
     Raises:
-        IncompatibleInputError: a layer is missing, has another shape, is no linear layer, or was
-            replaced already.
+        IncompatibleInputError: a layer is missing, has another shape, is no linear layer, was
+            replaced already, or is not finite.
     """
     paths: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -68,7 +71,7 @@ def plan_layers(model: nn.Module, plan: Plan) -> list[LayerSpec]:
                 f"layer {name} is {weight.shape[0]} x {weight.shape[1]}, the plan expects "
                 f"{item.out_features} x {item.in_features}: it was made for another model."
             )
-        if not bool(weight.isfinite().all()):
+        if finite and not bool(weight.isfinite().all()):
             raise IncompatibleInputError(f"layer {name}: its weight holds NaN or infinity.")
         m, n = weight.shape
         aliases = tuple(path for path in paths[module] if path != name)
@@ -179,7 +182,7 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Modul
     plan = Plan.load(folder)
     tensors = read_weights(folder / WEIGHTS, plan.weights_sha256)
     model = model_factory()
-    layers = plan_layers(model, plan)
+    layers = plan_layers(model, plan, finite=False)  # factories may leave weights uninitialised
     modules: dict[str, nn.Module] = {}
     for layer in layers:
         choice = plan.choices[layer.name]

@@ -145,6 +145,20 @@ def test_nan_is_neither_saved_nor_applied(tmp_path: Path):
         bs.save(Net(), tmp_path / "y")
 
 
+def test_factories_may_leave_weights_uninitialised(saved: Path):
+    def empty() -> nn.Module:
+        model = Net()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        return model
+
+    loaded, wanted = bs.load(saved, empty).state_dict(), bs.load(saved, Net).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
+    with pytest.raises(IncompatibleInputError, match="its weight holds NaN"):
+        bs.apply(empty(), toy_plan())
+
+
 def test_half_precision_and_training_flags_are_kept():
     model = Net().bfloat16().train()
     model.blocks[0].fc1.weight.requires_grad_(False)
