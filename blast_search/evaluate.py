@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,6 +82,8 @@ def workloads_of(task: Task, spec: str | None = None) -> list[Workload]:
 
     Raises:
         UsageError: a specification that is not understood, or a task that cannot follow it.
+        IncompatibleInputError: a named workload of the task is no (batch, weight), or its weight
+            is not above 0 and finite.
     """
     if spec:
         make = getattr(task, "make_workload", None)
@@ -92,8 +95,26 @@ def workloads_of(task: Task, spec: str | None = None) -> list[Workload]:
         return [Workload(n, make(b, t), w) for n, b, t, w in parse_workload(spec)]
     given = task.workload()
     if isinstance(given, Mapping) and given and all(isinstance(v, tuple) for v in given.values()):
-        return [Workload(str(n), batch, float(weight)) for n, (batch, weight) in given.items()]
+        return [_named_workload(task, str(name), pair) for name, pair in given.items()]
     return [Workload("default", given)]
+
+
+def _named_workload(task: Task, name: str, pair: tuple[Any, ...]) -> Workload:
+    """One of several workloads, checked."""
+    where = f"task {task.name}: workload() gave for '{name}'"
+    if len(pair) != 2:
+        raise IncompatibleInputError(
+            f"{where} a tuple of {len(pair)}, expected (batch, weight). A batch of several "
+            "inputs is a tuple of its own: ((x, y), 1.0)."
+        )
+    batch, weight = pair
+    number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
+    if not number or not 0 < weight < float("inf"):
+        got = weight if number else f"a {type(weight).__name__}"
+        raise IncompatibleInputError(
+            f"{where} the weight {got}, expected a finite number above 0, as in (batch, 1.0)."
+        )
+    return Workload(name, batch, float(weight))
 
 
 def describe_workloads(workloads: Iterable[Workload]) -> list[dict[str, Any]]:

@@ -8,14 +8,16 @@ import sys
 import textwrap
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from blast_search.errors import IncompatibleInputError, MissingDependencyError, UsageError
-from blast_search.evaluate import Task
+from blast_search.evaluate import Task, workloads_of
 from blast_search.tasks import BUILTIN, _support, load_task, minilm, smollm2, vit
 from blast_search.tasks._text import (
     read_documents,
@@ -214,6 +216,40 @@ def test_a_missing_package_gives_the_command(monkeypatch: pytest.MonkeyPatch, mo
         load_task(module.__name__.rpartition(".")[2])
     assert module.INSTALL in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# Workloads of a task
+
+
+def workload_task(workload: Any) -> Any:
+    return SimpleNamespace(name="mine", workload=lambda: workload)
+
+
+def test_named_workloads_of_a_task() -> None:
+    x = torch.zeros(2, 3)
+    for weight in (2, 2.0, np.float32(2)):
+        (only,) = workloads_of(workload_task({"a": ((x, x), weight)}))
+        assert (only.name, only.weight, len(only.batch)) == ("a", 2.0, 2)
+    (whole,) = workloads_of(workload_task({"input": x}))  # a batch, called as model(input=x)
+    assert whole.name == "default"
+
+
+@pytest.mark.parametrize(
+    ("pair", "got"),
+    [
+        ((torch.zeros(2), 1.0, "extra"), "'a' a tuple of 3"),
+        ((torch.zeros(2),), "'a' a tuple of 1"),
+        ((torch.zeros(2), 0), "weight 0"),
+        ((torch.zeros(2), -1.5), r"weight -1\.5"),
+        ((torch.zeros(2), float("nan")), "weight nan"),
+        ((torch.zeros(2), float("inf")), "weight inf"),
+        ((torch.zeros(2), "1"), "weight a str"),
+        ((torch.zeros(2), torch.zeros(2)), "weight a Tensor"),
+    ],
+)
+def test_workloads_without_a_usable_weight_are_refused(pair: Any, got: str) -> None:
+    with pytest.raises(IncompatibleInputError, match=f"task mine.*{got}.*expected"):
+        workloads_of(workload_task({"b": (torch.zeros(2), 1.0), "a": pair}))
 
 
 # Behaviour
