@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import nn
 from toy import WIDTH, NanWeights, Net, ToyTask
 
 from blast_search import BlastLinear, find_layers
-from blast_search.batches import divergence, output_tensor
-from blast_search.calibrate import collect_grams
 from blast_search.errors import IncompatibleInputError
-from blast_search.evaluate import evaluate
 from blast_search.layers import Stub, Workload, get_modules, inventory, stubs, swapped
-from blast_search.model_latency import time_variants
-from blast_search.retrain import retrain
 from blast_search.space import Call, SearchSpace
 
 
@@ -216,99 +209,6 @@ def test_find_layers_without_workload():
     assert [layer.name for layer in find_layers(Net())][-1] == "head"
 
 
-def test_grams_are_the_mean_outer_product_and_shared():
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k, self.o = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x, attention_mask=None):
-            return self.o(self.q(x) * self.k(x)) + 0
-
-    model = Shared().eval()
-    batches = [{"x": torch.randn(2, 3, 6), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}]
-    layers, _ = found(model, batches[0])
-    grams = collect_grams(model, layers, batches)
-    rows = batches[0]["x"][batches[0]["attention_mask"].bool()]
-    torch.testing.assert_close(grams["q"], rows.T @ rows / 3)
-    assert grams["q"] is grams["k"]
-    assert grams["o"] is not grams["q"]
-
-
-class Several(nn.Module):
-    """Four layers that begin alike, and a function that calls them."""
-
-    def __init__(self, body) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
-        self.body = body
-
-    def forward(self, x, z):
-        return self.body(self, x.clone(), z)
-
-
-def gram(*inputs: torch.Tensor) -> torch.Tensor:
-    rows = torch.cat(inputs)
-    return rows.T @ rows / len(rows)
-
-
-def grams_of(body, *batches) -> tuple[dict[str, torch.Tensor], Several]:
-    model = Several(body)
-    return collect_grams(model, find_layers(model), batches), model
-
-
-def test_an_input_changed_in_place_is_another_input():
-    def body(m, x, z):
-        x += m.a(x)
-        return m.b(x) + m.c(x)
-
-    x, z = torch.randn(5, 4), torch.randn(5, 4)
-    grams, model = grams_of(body, (x, z))
-    changed = x + model.a(x).detach()
-    torch.testing.assert_close(grams["a"], gram(x))
-    torch.testing.assert_close(grams["b"], gram(changed))
-    assert grams["b"] is grams["c"]
-    with torch.inference_mode():  # where PyTorch counts no changes
-        again, model = grams_of(body, (x.clone(), z))
-        torch.testing.assert_close(again["b"], gram(x + model.a(x)))
-
-
-def test_every_call_counts_and_only_equal_calls_share():
-    def body(m, x, z):
-        m.c(x), m.d(x), m.c(z), m.d(z)
-        return m.a(x) + m.b(x)
-
-    x, z = torch.randn(5, 4), torch.randn(3, 4)
-    grams, _ = grams_of(body, (x, z), (2 * x, z))
-    torch.testing.assert_close(grams["a"], gram(x, 2 * x))
-    torch.testing.assert_close(grams["c"], gram(x, z, 2 * x, z))
-    assert grams["a"] is grams["b"]
-    assert grams["c"] is grams["d"]
-
-
-def test_layers_that_part_in_a_later_batch_do_not_share():
-    def body(m, x, z):
-        if len(x) == 5:
-            return m.a(x) + m.b(x)
-        return m.a(x) + m.b(z) + m.c(x) + m.d(x)
-
-    x, z, short = torch.randn(5, 4), torch.randn(3, 4), torch.randn(3, 4)
-    grams, _ = grams_of(body, (x, z), (short, z))
-    torch.testing.assert_close(grams["a"], gram(x, short))
-    torch.testing.assert_close(grams["b"], gram(x, z))
-    torch.testing.assert_close(grams["c"], gram(short))  # its leader would bring the first batch
-    assert grams["c"] is grams["d"]
-
-
-def test_calibration_with_nan_names_the_layer():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
-    layers, _ = found(model, torch.randn(2, 4))
-    with pytest.raises(IncompatibleInputError, match=r"layer 0: its input"):
-        collect_grams(model, layers, [torch.full((2, 4), float("nan"))])
-    with pytest.raises(IncompatibleInputError, match="gave no batch"):
-        collect_grams(model, layers, [])
-
-
 def test_stub_and_restore():
     model = Net().eval()
     layers = find_layers(model)
@@ -350,107 +250,6 @@ def test_models_may_read_what_a_stub_stands_for(conv: bool):
         for mine, theirs in zip(model.parameters(), owned, strict=True):
             assert mine is theirs
     assert get_modules(model, layers) == dense
-
-
-def test_modes_inside_a_model_come_back():
-    class Frozen(ToyTask):
-        def evaluate(self, model):
-            assert not any(m.training for m in model.modules())
-            return 0.0
-
-    model, teacher = Frozen().model(), Frozen().model()
-    x = ToyTask().workload()
-    for whole in (model, teacher):
-        whole.train()
-        whole.blocks[1].norm.eval()  # as a frozen BatchNorm
-        whole.blocks[0].fc1.eval()
-    modes = {name: m.training for name, m in model.named_modules()}
-    layers, _ = inventory(model, [Workload("w", x)], SearchSpace())
-    assert {name: m.training for name, m in model.named_modules()} == modes
-    collect_grams(model, layers, [x])
-    evaluate(Frozen(), model)
-    time_variants(model, layers, {"same": {}}, [Workload("w", x)], 0.05, 2, 2)
-    retrain(ToyTask(), model, teacher, 1)
-    assert {name: m.training for name, m in model.named_modules()} == modes
-    assert {name: m.training for name, m in teacher.named_modules()} == modes
-
-
-def test_divergence():
-    class Output:
-        def __init__(self, logits):
-            self.logits = logits
-
-    a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    assert divergence(a, a, a) == 0
-    assert divergence(2 * a, a, a) == pytest.approx(1.0)
-    kl = divergence(Output(a), Output(b), None)
-    p, q = b.softmax(-1), a.softmax(-1)
-    assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
-    mask = {"attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}
-    c = b.clone()
-    c[0, 2], c[1] = 99, 99
-    assert divergence(c, b, mask) == 0  # padding does not count
-    with pytest.raises(IncompatibleInputError, match="without a tensor"):
-        output_tensor("text")
-
-
-@dataclass
-class Detection:
-    loss: torch.Tensor
-    boxes: list[torch.Tensor]
-
-
-def test_the_tensor_that_an_output_is_about():
-    loss, ids, wanted, other = torch.tensor(2.0), torch.arange(3), torch.ones(3, 2), torch.ones(4)
-    for output in (
-        {"loss": loss, "pred": wanted, "more": other},
-        (loss, ids, [None, {"deep": wanted}], other),
-        Detection(loss, [wanted, other]),
-        {"loss": loss, "inner": Detection(loss, [wanted])},
-    ):
-        tensor, logits = output_tensor(output)
-        assert tensor is wanted
-        assert not logits
-    assert output_tensor({"loss": loss, "ids": ids}) == (loss, False)  # a scalar is all there is
-    for output in ({"ids": ids}, Detection, [], None):
-        with pytest.raises(IncompatibleInputError, match="without a tensor"):
-            output_tensor(output)
-    outputs = pytest.importorskip("transformers.modeling_outputs")
-    masked = outputs.MaskedLMOutput(loss=loss, logits=wanted, hidden_states=(other,))
-    assert output_tensor(masked) == (wanted, True)
-    plain = outputs.BaseModelOutput(hidden_states=(wanted,))
-    assert output_tensor(plain) == (wanted, False)
-
-
-def test_the_output_head_is_found_beside_a_loss():
-    class Losing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 6)
-
-        def forward(self, x):
-            y = self.b(self.a(x))
-            return {"loss": y.mean(), "pred": y}
-
-    assert found(Losing(), torch.randn(3, 8))[1] == {"b": "output head"}
-
-
-def test_layers_called_by_keyword_have_grams():
-    class Keyword(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
-
-        def forward(self, x):
-            return self.b(input=self.a(input=x))
-
-    model, x = Keyword(), torch.randn(5, 4)
-    layers, _ = found(model, x)
-    torch.testing.assert_close(collect_grams(model, layers, [x])["a"], x.T @ x / 5)
-    utils = pytest.importorskip("transformers.pytorch_utils")
-    model.a = utils.Conv1D(6, 4)  # which calls its input x
-    model.forward = lambda x: model.b(input=model.a(x=x))
-    torch.testing.assert_close(collect_grams(model, layers, [x])["a"], x.T @ x / 5)
 
 
 def test_stubs_share_their_zeros():

@@ -1,0 +1,103 @@
+"""How models are called and judged: modes, what an output is about, how far two are apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_layers import found
+from torch import nn
+from toy import ToyTask
+
+from blast_search.batches import divergence, output_tensor
+from blast_search.calibrate import collect_grams
+from blast_search.errors import IncompatibleInputError
+from blast_search.evaluate import evaluate
+from blast_search.layers import Workload, inventory
+from blast_search.model_latency import time_variants
+from blast_search.retrain import retrain
+from blast_search.space import SearchSpace
+
+
+def test_modes_inside_a_model_come_back():
+    class Frozen(ToyTask):
+        def evaluate(self, model):
+            assert not any(m.training for m in model.modules())
+            return 0.0
+
+    model, teacher = Frozen().model(), Frozen().model()
+    x = ToyTask().workload()
+    for whole in (model, teacher):
+        whole.train()
+        whole.blocks[1].norm.eval()  # as a frozen BatchNorm
+        whole.blocks[0].fc1.eval()
+    modes = {name: m.training for name, m in model.named_modules()}
+    layers, _ = inventory(model, [Workload("w", x)], SearchSpace())
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    collect_grams(model, layers, [x])
+    evaluate(Frozen(), model)
+    time_variants(model, layers, {"same": {}}, [Workload("w", x)], 0.05, 2, 2)
+    retrain(ToyTask(), model, teacher, 1)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert {name: m.training for name, m in teacher.named_modules()} == modes
+
+
+def test_divergence():
+    class Output:
+        def __init__(self, logits):
+            self.logits = logits
+
+    a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    assert divergence(a, a, a) == 0
+    assert divergence(2 * a, a, a) == pytest.approx(1.0)
+    kl = divergence(Output(a), Output(b), None)
+    p, q = b.softmax(-1), a.softmax(-1)
+    assert kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    mask = {"attention_mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}
+    c = b.clone()
+    c[0, 2], c[1] = 99, 99
+    assert divergence(c, b, mask) == 0  # padding does not count
+    with pytest.raises(IncompatibleInputError, match="without a tensor"):
+        output_tensor("text")
+
+
+@dataclass
+class Detection:
+    loss: torch.Tensor
+    boxes: list[torch.Tensor]
+
+
+def test_the_tensor_that_an_output_is_about():
+    loss, ids, wanted, other = torch.tensor(2.0), torch.arange(3), torch.ones(3, 2), torch.ones(4)
+    for output in (
+        {"loss": loss, "pred": wanted, "more": other},
+        (loss, ids, [None, {"deep": wanted}], other),
+        Detection(loss, [wanted, other]),
+        {"loss": loss, "inner": Detection(loss, [wanted])},
+    ):
+        tensor, logits = output_tensor(output)
+        assert tensor is wanted
+        assert not logits
+    assert output_tensor({"loss": loss, "ids": ids}) == (loss, False)  # a scalar is all there is
+    for output in ({"ids": ids}, Detection, [], None):
+        with pytest.raises(IncompatibleInputError, match="without a tensor"):
+            output_tensor(output)
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    masked = outputs.MaskedLMOutput(loss=loss, logits=wanted, hidden_states=(other,))
+    assert output_tensor(masked) == (wanted, True)
+    plain = outputs.BaseModelOutput(hidden_states=(wanted,))
+    assert output_tensor(plain) == (wanted, False)
+
+
+def test_the_output_head_is_found_beside_a_loss():
+    class Losing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 6)
+
+        def forward(self, x):
+            y = self.b(self.a(x))
+            return {"loss": y.mean(), "pred": y}
+
+    assert found(Losing(), torch.randn(3, 8))[1] == {"b": "output head"}
