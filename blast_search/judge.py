@@ -86,7 +86,7 @@ class Judge:
 
         def watch(name: str) -> Callable[..., Tensor]:
             def differentiate(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-                x = args[0] if args else kwargs["input"]
+                x = args[0] if args else next(iter(kwargs.values()))
                 rows = x.detach().reshape(-1, x.shape[-1])
                 # Parameters are frozen, so the first layer's output is where the graph begins.
                 y = output if output.requires_grad else output.detach().requires_grad_().clone()

@@ -266,8 +266,8 @@ class Stub(nn.Module):
                 setattr(self, name, getattr(dense, name))
         self._zeros = zeros
 
-    def forward(self, x: Tensor) -> Tensor:
-        shape = (*x.shape[:-1], self.out_features)
+    def forward(self, input: Tensor) -> Tensor:
+        x, shape = input, (*input.shape[:-1], self.out_features)
         key = (shape, x.dtype, x.device)
         if key not in self._zeros:
             self._zeros[key] = x.new_zeros(shape)

@@ -147,7 +147,8 @@ class BlastLinear(nn.Module):
         """The dense (m, n) matrix of the factors."""
         return to_dense(self.U, self.S, self.V)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input  # nn.Linear's name for it: layers may be called with layer(input=x)
         # nn.Module looks up each attribute in several places: 3 us, a tenth of a small layer.
         own = self._parameters
         if "U" not in own or torch.compiler.is_compiling():  # parametrised, or sharded by FSDP

@@ -119,8 +119,8 @@ class BlockDiagonalLinear(StructuredLinear):
         super().__init__(linear, num_blocks)
         self.weight = self._parameter((3 * self.q) ** -0.5, num_blocks, self.p, self.q)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
+    def forward(self, input: Tensor) -> Tensor:
+        x, rows = input, input.reshape(-1, self.in_features)
         return self._joined(self._split(rows), self.weight.mT).view(
             *x.shape[:-1], self.out_features
         )
@@ -143,8 +143,8 @@ class MonarchLinear(StructuredLinear):
         self.right = self._parameter(std, b, self.q, b * t)
         self.left = self._parameter(std, b, b * t, self.p)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
+    def forward(self, input: Tensor) -> Tensor:
+        x, rows = input, input.reshape(-1, self.in_features)
         if torch.is_grad_enabled() or not rows.is_cpu:
             y = self._joined(self._permuted(rows), self.left)
         else:

@@ -17,7 +17,9 @@ import blast_search as bs
 from blast_search.apply import copied
 from blast_search.errors import IncompatibleInputError
 from blast_search.layers import Workload
+from blast_search.model_latency import time_variants
 from blast_search.plan import LayerPlan, Plan
+from blast_search.space import Candidate
 
 
 def toy_plan() -> Plan:
@@ -232,3 +234,22 @@ def test_copies_share_only_what_is_replaced():
     again = copied(model, tied, {"left"})
     assert again.left.weight is not model.left.weight
     assert again.left.weight is again.right.weight
+
+
+def test_layers_may_be_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+            self.head = nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.fc(input=x)))
+
+    model, x = Keyword(), torch.randn(8, 32)
+    layers = bs.find_layers(model, [Workload("w", x)])
+    assert [layer.name for layer in layers] == ["fc"]
+    time_variants(model, layers, {}, [Workload("w", x)], 0.01, 2, 3)
+    chosen = {"fc": LayerPlan.of(layers[0], Candidate(2, 16))}
+    applied = bs.apply(model, bs.Plan(model={}, layers=chosen), [x])
+    assert applied(x).shape == (8, 4)
