@@ -17,13 +17,12 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import evaluate, worse_by
 from blast_search.judge import BROKEN
 from blast_search.plan import Plan
-from blast_search.retrain import DEFAULT_LEARNING_RATE, DEFAULT_STEPS, retrain
+from blast_search.retrain import DEFAULT_STEPS, SLOWER, recover, retrain
 from blast_search.runfolder import digest
 
 if TYPE_CHECKING:
     from blast_search.pipeline import Pipeline
 
-SLOWER = 4  # a retraining that made things worse gets a learning rate so many times lower
 SHORT = 5  # a short retraining takes one in so many steps
 
 
@@ -165,28 +164,16 @@ class Models:
     ) -> tuple[nn.Module, float]:
         """The contender's model and metric after `steps` of retraining.
 
-        Retraining that makes the metric worse (a rate too high for the task, or a few steps of
-        Adam, all that a time limit left) is thrown away and tried once more at a lower rate, where
-        there is time; if that does no better, the fitted factors are kept as they are.
+        Retraining that makes the metric worse is thrown away and tried once more at a lower rate,
+        where there is time; if that does no better, the fitted factors are kept as they are.
         """
         p, before = self.prepared, self.metric(contender)
-        rate = float(getattr(p.task, "learning_rate", DEFAULT_LEARNING_RATE))
-        for lower in (1, SLOWER) if self.settings.time_limit is None else (1,):
-            model = self.build(contender, plan)
-            name = f"retrain {key}" + (f" at 1/{lower} of the rate" if lower > 1 else "")
-            try:
-                retrain(p.task, model, p.model, steps, seed, rate / lower, self.report, name)
-                value = evaluate(p.task, model)
-                harm = f"made {key} worse ({before:.4f} before, {value:.4f} after)"
-            except IncompatibleInputError as error:
-                value, harm = float("nan"), f"failed for {key} ({error})"
-            if worse_by(p.task, value, before) <= 0:
-                return model, value
-            self.report.say(
-                f"{steps} steps of retraining at a learning rate of {rate / lower:g} {harm}, "
-                f"judged by {p.task.metric[0]}: they are not kept."
-            )
-            del model
+        found = recover(
+            p.task, lambda: self.build(contender, plan), p.model, before, steps, seed,
+            (1, SLOWER) if self.settings.time_limit is None else (1,), self.report, key,
+        )  # fmt: skip
+        if found.model is not None:
+            return found.model, found.metric
         return self.build(contender, plan), before
 
     def rename(self, source: str, target: str, contender: Contender) -> None:

@@ -7,8 +7,9 @@ BLAST paper's recipe).  AdamW, linear warm-up, cosine decay, gradient norm clipp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from blast_search.batches import Batch, anywhere, evaluating, to_device
 from blast_search.errors import IncompatibleInputError, UsageError
-from blast_search.evaluate import Task
+from blast_search.evaluate import Task, evaluate, worse_by
 from blast_search.matrix import BlastLinear
 from blast_search.progress import SILENT, Reporter
 from blast_search.structured import StructuredLinear
@@ -24,6 +25,7 @@ from blast_search.structured import StructuredLinear
 DEFAULT_STEPS = 300
 DEFAULT_LEARNING_RATE = 1e-3
 WARMUP = 0.05
+SLOWER = 4  # a retraining that made things worse gets a learning rate so many times lower
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -100,6 +102,61 @@ def retrain(
             f"(now {rate:g})."
         )
     return losses
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What retraining gave: the model (None: none that is as good as before), the metric of the
+    last one that was trained (NaN where that failed), and the steps it took."""
+
+    model: nn.Module | None
+    metric: float
+    steps: int
+
+
+def recover(
+    task: Task,
+    build: Callable[[], nn.Module],
+    teacher: nn.Module,
+    before: float,
+    steps: int | None = None,
+    seed: int = 0,
+    slower: Sequence[float] = (1, SLOWER),
+    report: Reporter = SILENT,
+    name: str = "",
+) -> Recovery:
+    """Retrain a new model of `build`, and throw it away where that made the metric worse.
+
+    That happens (a rate too high for the task, or a few steps of Adam, all that a time limit
+    left); then it is tried once more at a lower rate.
+
+    Args:
+        before: the metric without retraining.
+        slower: by what the learning rate is divided, try by try.
+        name: of what is retrained, for messages.
+
+    Raises:
+        UsageError: fewer than 0 steps.
+    """
+    rate = float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
+    value, done = float("nan"), 0
+    for lower in slower:
+        model = build()
+        stage = f"retrain {name}".strip() + (f" at 1/{lower:g} of the rate" if lower > 1 else "")
+        try:
+            done = len(retrain(task, model, teacher, steps, seed, rate / lower, report, stage))
+            value = evaluate(task, model)
+            harm = f"made {name or 'it'} worse ({before:.4f} before, {value:.4f} after)"
+        except IncompatibleInputError as error:
+            value, harm = float("nan"), f"failed for {name or 'it'} ({error})"
+        if worse_by(task, value, before) <= 0:
+            return Recovery(model, value, done)
+        report.say(
+            f"Retraining at a learning rate of {rate / lower:g} {harm}, judged by "
+            f"{task.metric[0]}: it is not kept."
+        )
+        del model
+    return Recovery(None, value, done)
 
 
 def _endless(task: Task, seed: int) -> Iterator[Batch]:

@@ -32,7 +32,7 @@ from blast_search.model_latency import time_variants
 from blast_search.plan import Plan
 from blast_search.progress import Reporter, console
 from blast_search.refresh import refresh as refresh_model
-from blast_search.retrain import retrain as retrain_model
+from blast_search.retrain import recover
 from blast_search.settings import DTYPES, pick_device
 from blast_search.space import SearchSpace
 from blast_search.tasks import load_task
@@ -129,21 +129,33 @@ def retrain(
     seed: int,
     report: Reporter,
 ) -> dict[str, Any]:
-    """Train an applied model against its dense original and save it."""
+    """Train an applied model against its dense original; save it if it is not worse for that.
+
+    Where it is worse, also at a lower rate, `folder` stays as it is; another `out` gets the model
+    as it was.
+    """
     plan = Plan.load(folder)
     loaded = _task_of(plan, task)
     factory = _fresh(loaded.model)
-    model = load(folder, factory)
-    before = evaluate(loaded, model)
-    losses = retrain_model(loaded, model, factory(), steps, seed, report=report)
-    after = evaluate(loaded, model)
-    if "metric" in plan.measured:
-        known = plan.measured["metric"] | {"retrained": after}
-        plan = replace(plan, measured=plan.measured | {"metric": known})
-    save(model, out or folder, plan)
-    report.say(f"{loaded.metric[0]}: {before:.4f} before, {after:.4f} after {len(losses)} steps")
-    metric = {"name": loaded.metric[0], "before": before, "after": after}
-    return {"folder": str(out or folder), "steps": len(losses), "metric": metric}
+    before = evaluate(loaded, load(folder, factory))
+    found = recover(
+        loaded, lambda: load(folder, factory), factory(), before, steps, seed, report=report
+    )
+    target, kept, name = out or folder, found.model is not None, loaded.metric[0]
+    text = f"{name}: {before:.4f} before, {found.metric:.4f} after {found.steps} steps"
+    if found.model is not None:
+        if "metric" in plan.measured:
+            known = plan.measured["metric"] | {"retrained": found.metric}
+            plan = replace(plan, measured=plan.measured | {"metric": known})
+        save(found.model, target, plan)
+        report.say(text)
+    elif target.resolve() == folder.resolve():
+        report.say(f"{text}, which is worse: {folder} is left as it was.")
+    else:
+        save(load(folder, factory), target, plan)
+        report.say(f"{text}, which is worse: {target} holds the model as it was.")
+    metric = {"name": name, "before": before, "after": found.metric}
+    return {"folder": str(target), "steps": found.steps, "metric": metric, "kept": kept}
 
 
 def verify(

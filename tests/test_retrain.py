@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections import namedtuple
 from itertools import islice
 from pathlib import Path
@@ -155,7 +156,7 @@ def rates(monkeypatch) -> list[float]:
         seen.append(rate)
         return retrain(task, model, teacher, steps, seed, rate, *rest)
 
-    monkeypatch.setattr(models, "retrain", noted)
+    monkeypatch.setattr(importlib.import_module("blast_search.retrain"), "retrain", noted)
     return seen
 
 

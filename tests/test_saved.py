@@ -1,0 +1,83 @@
+"""The verbs on saved models: what is worse is not kept, and what they print is the contract's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_apply import toy_plan
+from torch import nn
+from toy import ToyTask
+
+import blast_search as bs
+from blast_search import cli
+from blast_search.evaluate import evaluate
+
+
+class Distance(ToyTask):
+    """Judged by minus the distance to the dense model's outputs, by which any harm shows."""
+
+    learning_rate = 1e-4
+
+    def evaluate(self, model: nn.Module) -> float:
+        return -float((model(self.data[64:]) - self.model()(self.data[64:])).norm())
+
+
+class Harmful(Distance):
+    learning_rate = 10.0
+
+
+def distance() -> Distance:
+    return Distance()
+
+
+def harmful() -> Harmful:
+    return Harmful()
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as leave:
+        cli.main(list(arguments))
+    return int(leave.value.code or 0)
+
+
+@pytest.fixture
+def saved(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    task = ToyTask()
+    return bs.save(bs.apply(task.model(), toy_plan(), task.calibration()), tmp_path / "old")
+
+
+def held(folder: str | Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_retraining_that_harms_leaves_the_folder_as_it_was(saved: Path, capsys):
+    before = held(saved)
+    task = ("--task", f"{__name__}:harmful", "--steps", "2")
+    assert call("retrain", str(saved), *task, "--json") == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert result["kept"] is False
+    assert result["metric"]["after"] < result["metric"]["before"]
+    assert "is left as it was" in shown.err
+    assert shown.err.count("it is not kept") == 2  # at two rates
+    assert held(saved) == before
+    assert call("retrain", str(saved), *task, "--out", "other") == 0
+    assert "other holds the model as it was" in capsys.readouterr().err
+    old, new = (bs.load(folder, ToyTask().model).state_dict() for folder in (saved, "other"))
+    assert all(torch.equal(value, new[name]) for name, value in old.items())
+
+
+def test_retraining_that_helps_is_kept(saved: Path, capsys):
+    before = held(saved)
+    task = ("--task", f"{__name__}:distance", "--steps", "20")
+    assert call("retrain", str(saved), *task, "-q", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["kept"] is True
+    assert result["metric"]["after"] >= result["metric"]["before"]
+    assert held(saved)["model.safetensors"] != before["model.safetensors"]
+    again = bs.load(saved, ToyTask().model)
+    assert evaluate(Distance(), again) == pytest.approx(result["metric"]["after"])
