@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,10 +39,12 @@ from blast_search.options import (
     emit,
     given,
     reporter,
+    stdout_on_stderr,
 )
 
+PROGRAM = "blast-search"
 app = typer.Typer(
-    name="blast-search",
+    name=PROGRAM,
     help="Make PyTorch models faster with BLAST matrices, chosen per layer by measured latency.",
     no_args_is_help=True,
     add_completion=False,
@@ -48,6 +52,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+# Usage errors are Click's, of which Typer may bring a copy of its own.
+CLICK_ERROR: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (errors.UsageError, 2),
     (errors.InfeasibleBudgetError, 3),
@@ -94,7 +100,7 @@ def search(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
-) -> None:
+) -> dict[str, Any] | None:
     """Search, apply, retrain and verify: the whole pipeline."""
     from blast_search import commands
 
@@ -103,8 +109,7 @@ def search(
         options, given(context), config, resume, dry_run, reporter(quiet, verbose),
         quiet or as_json,
     )  # fmt: skip
-    if as_json:
-        emit(result)
+    return result if as_json else None
 
 
 app.command()(measure_verbs.profile)
@@ -118,13 +123,13 @@ def pareto(
     plot: Annotated[Path | None, typer.Option(help="Write the front as a PNG.")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="The front as CSV on stdout.")] = False,
     as_json: JsonOption = False,
-) -> None:
+    verbose: VerboseOption = False,
+) -> dict[str, Any] | None:
     """The front as a table; --at picks another plan from what is on file."""
     from blast_search import front
 
     result = front.pareto(run, at, out, plot, "json" if as_json else "csv" if csv else "table")
-    if as_json:
-        emit(result)
+    return result if as_json else None
 
 
 for verb in (
@@ -139,38 +144,38 @@ def report(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     price_per_hour: Annotated[float, typer.Option(help="Price of the device per hour.")] = 1.0,
     as_json: JsonOption = False,
-) -> None:
+    verbose: VerboseOption = False,
+) -> dict[str, Any] | None:
     """Write report.html, report.md and front.png of a run again."""
     from blast_search.front import existing_run
     from blast_search.report import write_report
 
     write_report(existing_run(run), price_per_hour)
     if as_json:
-        emit({"report": str(run / "report.html")})
-    else:
-        typer.echo(f"{run / 'report.html'}")
+        return {"report": str(run / "report.html")}
+    typer.echo(f"{run / 'report.html'}")
+    return None
 
 
 @app.command()
-def tasks(as_json: JsonOption = False) -> None:
+def tasks(as_json: JsonOption = False, verbose: VerboseOption = False) -> dict[str, Any] | None:
     """List the built-in tasks."""
     from blast_search.tasks import BUILTIN
 
     if as_json:
-        emit({"tasks": BUILTIN})
-        return
+        return {"tasks": BUILTIN}
     for name, text in BUILTIN.items():
         typer.echo(f"{name:<10} {text}")
+    return None
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> dict[str, Any] | None:
     """Device, versions, kernels, and the timing noise of this machine."""
     from blast_search import commands
 
     result = commands.doctor(as_json)
-    if as_json:
-        emit(result)
+    return result if as_json else None
 
 
 class Stopped(BaseException):
@@ -185,29 +190,64 @@ def _stop(signum: int, frame: Any) -> None:
     raise Stopped(signum)
 
 
-def run_guarded(command: Callable[[], Any], verbose: bool = False) -> int:
-    """Run a command and turn every error into a message and an exit code."""
+def run_guarded(command: Callable[[], Any], verbose: bool = False, as_json: bool = False) -> int:
+    """Run a command and turn every error into a message of one line and an exit code.
+
+    Args:
+        command: returns a JSON object, an exit code, or None.
+        as_json: that object, or else one with the error, is all there is on stdout.
+    """
+    with stdout_on_stderr() if as_json else nullcontext():
+        code, value = _outcome(command, verbose)
+    if as_json and isinstance(value, dict):
+        emit(value)
+    return code
+
+
+def _outcome(command: Callable[[], Any], verbose: bool) -> tuple[int, Any]:
+    """The exit code of a command, and what it returned or its error as a JSON object."""
     try:
-        command()
+        value = command()
     except Stopped as stop:
-        typer.echo(
-            "\nStopped. What was measured is on file: continue with --resume RUN.", err=True
-        )
-        return stop.exit_code
+        message = "Stopped. What was measured is on file: continue with --resume RUN."
+        typer.echo(f"\n{message}", err=True)
+        return stop.exit_code, {"error": message, "exit_code": stop.exit_code}
     except tuple(kind for kind, _ in EXIT_CODES) as error:
-        typer.echo(f"error: {error}", err=True)
-        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
-    except Exception as error:  # ours, or that of a task's own code
-        if verbose:
-            traceback.print_exc()
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        typer.echo(
-            f"error: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}). "
-            "With -v the whole traceback is shown; what was measured is on file.",
-            err=True,
+        return _told(
+            next(code for kind, code in EXIT_CODES if isinstance(error, kind)), str(error)
         )
-        return 1
-    return 0
+    except CLICK_ERROR as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a bare `blast-search`
+            typer.echo(error.format_message(), err=True)
+            return 2, None
+        where = error.ctx.command_path if getattr(error, "ctx", None) else PROGRAM
+        text = error.format_message().rstrip()
+        text += "" if text.endswith((".", "?")) else "."
+        return _told(error.exit_code, f"{text} See `{where} --help`.")
+    except Exception as raised:  # ours, or that of a task's own code
+        # Typer takes an EOFError for a user who left a prompt.
+        cause = raised.__cause__ if isinstance(raised, typer.Abort) else None
+        return _told(1, _unexpected(cause or raised, verbose))
+    return (value, None) if isinstance(value, int) else (0, value)
+
+
+def _unexpected(error: BaseException, verbose: bool) -> str:
+    """What to say of an error that is nobody's message to a user."""
+    if verbose:
+        traceback.print_exception(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    advice = "W" if verbose else "With -v the whole traceback is shown; w"
+    return (
+        f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}). "
+        f"{advice}hat was measured is on file."
+    )
+
+
+def _told(code: int, message: str) -> tuple[int, dict[str, Any]]:
+    """An error told on stderr, as one line: those of a task's own code may have many."""
+    message = " ".join(message.split())
+    typer.echo(f"error: {message}", err=True)
+    return code, {"error": message, "exit_code": code}
 
 
 def _format_warning(
@@ -237,8 +277,13 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _stop)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = _format_warning
-    verbose = bool({"-v", "--verbose"} & set(arguments))
-    sys.exit(run_guarded(lambda: app(arguments), verbose))  # usage errors leave by SystemExit(2)
+    verbose = any(re.fullmatch("--verbose|-q*v[qv]*", text) for text in arguments)
+    as_json = "--json" in arguments and "--help" not in arguments
+    sys.exit(
+        run_guarded(
+            lambda: app(arguments, prog_name=PROGRAM, standalone_mode=False), verbose, as_json
+        )
+    )
 
 
 if __name__ == "__main__":

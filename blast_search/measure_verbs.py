@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +28,6 @@ from blast_search.options import (
     VerboseOption,
     WorkersOption,
     WorkloadOption,
-    emit,
     given,
     reporter,
 )
@@ -61,7 +60,7 @@ def profile(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
-) -> None:
+) -> dict[str, Any] | None:
     """Measure only the latency table of a model on this device."""
     from blast_search import commands
     from blast_search.settings import Settings
@@ -76,8 +75,7 @@ def profile(
                  dtype=dtype, mode=mode, profile=profile, seed=seed),
         workers, ray_address, out, check, dry_run, reporter(quiet, verbose), quiet or as_json,
     )  # fmt: skip
-    if as_json:
-        emit(result)
+    return result if as_json else None
 
 
 def compare(
@@ -102,7 +100,7 @@ def compare(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
-) -> None:
+) -> dict[str, Any] | None:
     """The search beside uniform plans of every structure, at equal measured latency."""
     from blast_search import commands
 
@@ -110,5 +108,4 @@ def compare(
     result = commands.compare(
         options, given(context), resume, reporter(quiet, verbose), quiet or as_json
     )
-    if as_json:
-        emit(result)
+    return result if as_json else None

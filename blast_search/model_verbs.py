@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from blast_search.options import (
     PlanTaskOption,
     QuietOption,
     SeedOption,
-    emit,
+    VerboseOption,
     reporter,
 )
 
@@ -25,13 +25,13 @@ def apply(
     model: ModelOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-) -> None:
+    verbose: VerboseOption = False,
+) -> dict[str, Any] | None:
     """Build the compressed model of a plan."""
     from blast_search import saved
 
-    result = saved.apply(plan, out, task, model, reporter(quiet))
-    if as_json:
-        emit(result)
+    result = saved.apply(plan, out, task, model, reporter(quiet, verbose))
+    return result if as_json else None
 
 
 def retrain(
@@ -42,13 +42,13 @@ def retrain(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-) -> None:
+    verbose: VerboseOption = False,
+) -> dict[str, Any] | None:
     """Recover quality of an applied model."""
     from blast_search import saved
 
-    result = saved.retrain(folder, task, steps, out, seed, reporter(quiet))
-    if as_json:
-        emit(result)
+    result = saved.retrain(folder, task, steps, out, seed, reporter(quiet, verbose))
+    return result if as_json else None
 
 
 def refresh(
@@ -58,13 +58,13 @@ def refresh(
     out: Annotated[Path | None, typer.Option(help="Default: the same folder.")] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-) -> None:
+    verbose: VerboseOption = False,
+) -> dict[str, Any] | None:
     """Same plan on an updated dense checkpoint, warm-started from the old factors."""
     from blast_search import saved
 
-    result = saved.refresh(folder, task, model, out, reporter(quiet))
-    if as_json:
-        emit(result)
+    result = saved.refresh(folder, task, model, out, reporter(quiet, verbose))
+    return result if as_json else None
 
 
 def verify(
@@ -73,10 +73,10 @@ def verify(
     seconds: Annotated[float, typer.Option(help="Seconds of timing.")] = 20.0,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-) -> None:
+    verbose: VerboseOption = False,
+) -> dict[str, Any] | None:
     """Measure quality and latency against dense, interleaved in one process."""
     from blast_search import saved
 
-    result = saved.verify(folder, task, seconds, reporter(quiet), quiet or as_json)
-    if as_json:
-        emit(result)
+    result = saved.verify(folder, task, seconds, reporter(quiet, verbose), quiet or as_json)
+    return result if as_json else None

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +34,11 @@ ProfileOption = Annotated[
 ]
 WorkersOption = Annotated[str, typer.Option(help="auto, ray or local.")]
 AddressOption = Annotated[str | None, typer.Option(help="Address of a Ray cluster.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout, else nothing.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail; tracebacks.")]
 BudgetOption = Annotated[float | None, typer.Option(help="Share of dense latency left, 0.3.")]
 TrialsOption = Annotated[int, typer.Option(help="Optuna trials.")]
 StepsOption = Annotated[
@@ -58,6 +66,30 @@ def reporter(quiet: bool, verbose: bool = False) -> Reporter:
     return Reporter(0 if quiet else 2 if verbose else 1)
 
 
-def emit(value: dict[str, Any]) -> None:
-    """One JSON object on stdout."""
-    typer.echo(json.dumps(value, indent=1))
+def emit(value: Mapping[str, Any]) -> None:
+    """One JSON object on stdout; what is no finite number is null."""
+    typer.echo(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def stdout_on_stderr() -> Iterator[None]:
+    """What a task or a model prints meanwhile, in whatever language, goes to stderr."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stdout.flush()  # what those printed that had kept it
+        ctypes.CDLL(None).fflush(None)  # and what C code did
+        os.dup2(saved, 1)
+        os.close(saved)

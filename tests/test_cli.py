@@ -16,6 +16,7 @@ import pytest
 
 from blast_search import cli
 from blast_search.files import locked
+from blast_search.options import emit
 
 TOY = ["--task", "toy:task", "--workers", "local", "--space", "quick", "-q"]
 SMALL = [*TOY, "--trials", "2", "--retrain-steps", "2"]
@@ -175,6 +176,11 @@ CASES = {
     "task that fails": (["--budget", "0.3", *TOY, "--task", "fails:task"], 2, "NameError: name"),
     "task that breaks": (["--budget", "0.3", *TOY, "--task", "breaks:task"], 1, "KeyError: 'x'"),
     "trials of text": (["--config", "text.yaml", *TOY], 2, "retrain_steps is '20', expected a"),
+    "task of many lines": (
+        ["--budget", "0.3", *TOY, "--task", "many:task"],
+        1,
+        "first second (",
+    ),
     "resume nothing": (["--resume", "nowhere"], 2, "no run to resume"),
     "pareto nowhere": (["pareto", "nowhere"], 2, "no run folder"),
     "plan missing": (["apply", "none.json", "--out", "x"], 4, "does not exist"),
@@ -191,6 +197,7 @@ def test_bad_input(case: str, tmp_path: Path, capsys, run: Path):
     Path("text.yaml").write_text("budget: 0.3\nretrain_steps: '20'")
     Path("fails.py").write_text("task = nowhere\n")
     Path("breaks.py").write_text("def task():\n    return {}['x']\n")
+    Path("many.py").write_text("def task():\n    raise RuntimeError('first\\n\\n  second')\n")
     Path("pickle.json").write_bytes(pickle.dumps({"a": 1}))
     Path("cut.json").write_bytes((run / "plan.json").read_bytes()[:900])
     arguments, code, text = CASES[case]
@@ -199,7 +206,111 @@ def test_bad_input(case: str, tmp_path: Path, capsys, run: Path):
     message = capsys.readouterr().err
     assert text in message
     assert "Traceback" not in message
+    assert len(message.splitlines()) <= 3
     assert sorted(p.name for p in tmp_path.rglob("*")) == before, "something was written"
+
+
+def test_a_usage_error_is_one_line_that_names_the_help(capsys):
+    assert call("--bugdet", "0.3") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: No such option: --bugdet")
+    assert line.endswith("See `blast-search search --help`.")
+    assert call("apply", "plan.json") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: Missing option '--out'. See `blast-search apply --help`."
+    assert call() == 2
+    assert "Commands:" in capsys.readouterr().err
+    assert call("search", "--help") == 0
+    assert "--budget" in capsys.readouterr().out
+
+
+LOUD = """import os
+import ctypes
+import sys
+import toy
+
+class Loud(toy.ToyTask):
+    kept = sys.__stdout__
+
+    def evaluate(self, model):
+        print("from Python", flush=True)
+        os.system("echo from a process")
+        ctypes.CDLL(None).puts(b"from C")
+        self.kept.write("from who kept it")
+        return super().evaluate(model)
+
+class Broken(toy.ToyTask):
+    def evaluate(self, model):
+        print("before the end")
+        raise EOFError("no more\\ndata")
+
+def loud():
+    return Loud()
+
+def broken():
+    return Broken()
+"""
+
+
+def test_json_is_all_there_is_on_stdout_whatever_a_task_prints(run: Path):
+    Path("prints.py").write_text(LOUD)
+    command = [sys.executable, "-m", "blast_search.cli", "retrain", str(run / "model"), "--json"]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), *sys.path])
+    }
+    options = {"env": env, "capture_output": True, "text": True}
+    tail = ["--steps", "0", "--out", "trained", "--task"]
+    done = subprocess.run([*command, *tail, "prints:loud"], **options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 0
+    for words in ("from Python", "from a process", "from C", "from who kept it"):
+        assert words in done.stderr
+    done = subprocess.run([*command, *tail, "prints:broken", "-v"], **options)
+    assert done.returncode == 1
+    error = json.loads(done.stdout)
+    assert error["exit_code"] == 1
+    assert error["error"].startswith("EOFError: no more data (")
+    assert "before the end" in done.stderr
+    assert "Traceback" in done.stderr
+
+
+def test_json_of_errors_and_of_what_is_no_number(capsys):
+    assert call("pareto", "nowhere", "--json") == 2
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {
+        "error": "nowhere is no run folder. Check the path (results/<run>).", "exit_code": 2,
+    }  # fmt: skip
+    assert shown.err.startswith("error: nowhere is no run folder")
+    assert call("serch", "--json") == 2
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 2
+    emit({"a": [float("nan"), {"b": float("-inf")}, (1.5, None)]})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, {"b": None}, [1.5, None]]}
+
+
+VERBS = {
+    "apply": ["apply", "PLAN", "--out", "x"],
+    "retrain": ["retrain", "MODEL"],
+    "refresh": ["refresh", "MODEL", "--out", "x"],
+    "verify": ["verify", "MODEL"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_advice_of_v_works_for_every_verb(verb: str, run: Path, capsys):
+    Path("breaks.py").write_text(
+        "import toy\n\nclass T(toy.ToyTask):\n    def model(self):\n        return {}['x']\n\n"
+        "def task():\n    return T()\n"
+    )
+    places = {"PLAN": str(run / "plan.json"), "MODEL": str(run / "model")}
+    arguments = [places.get(word, word) for word in VERBS[verb]]
+    assert call(*arguments, "--task", "breaks:task", "-q") == 1
+    message = capsys.readouterr().err
+    assert "With -v the whole traceback is shown" in message
+    assert "Traceback" not in message
+    assert call(*arguments, "--task", "breaks:task", "-qv") == 1
+    message = capsys.readouterr().err
+    assert "Traceback" in message
+    assert "With -v" not in message
 
 
 def test_nan_in_calibration_data(capsys):
