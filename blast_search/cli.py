@@ -118,7 +118,7 @@ app.command()(measure_verbs.profile)
 @app.command()
 def pareto(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    at: Annotated[float | None, typer.Option(help="Another budget: writes its plan.")] = None,
+    at: Annotated[float | None, typer.Option(help="Another layer budget: its plan.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where --at writes the plan.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the front as a PNG.")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="The front as CSV on stdout.")] = False,

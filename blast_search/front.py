@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import csv
 import sys
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from blast_search import solver
-from blast_search.engine import corrected
-from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
+from blast_search.document import number, pick, show
+from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.figures import read_front
-from blast_search.files import make_folder, read_json, read_rows
-from blast_search.latency import fingerprint
-from blast_search.latency_model import LatencyModel
-from blast_search.plan import FrontPoint, LayerPlan, Plan
+from blast_search.files import make_folder, read_rows
+from blast_search.plan import CHOSEN, FrontPoint, Plan
 from blast_search.progress import console
-from blast_search.space import Call, LayerSpec, ties_of
-from blast_search.tables import LatencyTable, ScoreTable, layer_options
+from blast_search.replan import model_ratio, plan_at
+from blast_search.report import RATIOS, budget_text, write_report
+
+_, PREDICTED, MEASURED, _, _, _ = FrontPoint.FIELDS
+ADDED = ("model_latency_ratio", "macs_ratio", "params_ratio", "budget_scope")
 
 
 def existing_run(run: Path) -> Path:
@@ -42,118 +42,98 @@ def pareto(
         plan = plan_at(run, at)
         path = out or make_folder(run / "plans") / f"at-{at:g}.json"
         plan.save(path)
-        result |= {"plan": str(path), "predicted": plan.predicted}
+        result |= {"plan": str(path), "budget": plan.budget, "predicted": plan.predicted}
         if form == "table":
-            ratio = plan.predicted["latency_ratio_layers"]
+            _print_plan(plan)
             console().print(
-                f"{path}: predicted layer latency ratio {ratio:.3f} (not measured yet: "
-                "`blast-search apply` and `verify` it)",
-                markup=False,
+                f"{path}: not measured yet, `blast-search apply` and `verify` it.", markup=False
             )
     if not (run / "front.csv").is_file():
         raise IncompatibleInputError(
             f"{run} has no front.csv: the run is not finished. Continue it with --resume {run}."
         )
-    rows = read_rows(run / "front.csv", FrontPoint.FIELDS)
-    read_front(run / "front.csv")  # refuses what is no number
+    base = Plan.load(run / "plan.json")
+    rows = front_rows(run, base)
     if plot:
         if not (run / "front.png").is_file():
-            from blast_search.report import write_report
-
             write_report(run)
         plot.write_bytes((run / "front.png").read_bytes())
     if form == "csv":
-        writer = csv.DictWriter(sys.stdout, FrontPoint.FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(sys.stdout, (*FrontPoint.FIELDS, *ADDED), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     elif form == "table" and at is None:
-        view = Table(title="evaluated plans (* on the front)")
-        for column in ("plan", "layer latency ratio", "predicted loss", "measured loss"):
-            view.add_column(column)
-        known = [
-            (float(row[FrontPoint.FIELDS[1]] or row[FrontPoint.FIELDS[2]]), row) for row in rows
-        ]
-        for ratio, row in sorted(known, key=lambda item: item[0]):
-            how = "measured" if row[FrontPoint.FIELDS[2]] else "predicted"
-            view.add_row(
-                row["name"] + (" *" if row["on_front"] == "1" else ""), f"{ratio:.4f} {how}",
-                *(f"{float(row[key]):.4f}" for key in (FrontPoint.FIELDS[3], "measured_loss")),
-            )  # fmt: skip
-        console().print(view)
-    return result | {"front": rows}
+        _print_front(rows, base)
+    return {"run_budget": base.budget} | result | {"front": rows}
 
 
-def plan_at(run: Path, ratio: float) -> Plan:
-    """The exact plan for another layer ratio, from latency.csv, scores.csv and plan.json."""
-    base = Plan.load(run / "plan.json")
-    layers = read_layers(run)
-    env = read_json(run / "environment.json")
-    if lost := [n for n in ("latency.csv", "scores.csv") if not (run / n).is_file()]:
-        raise IncompatibleInputError(
-            f"{run} has no {' and no '.join(lost)}. Restore the folder, or search again."
-        )
-    table = LatencyTable.open(run / "latency.csv", fingerprint(env))
-    try:
-        options = layer_options(layers, table, ScoreTable.read(run / "scores.csv"))
-    except KeyError:
-        raise IncompatibleInputError(
-            f"{run / 'latency.csv'} has no cells for some layers of layers.json. Restore it, "
-            f"or measure them again with --resume {run}."
-        ) from None
-    dense_us = sum(
-        max(o.cost_us for o in opts if o.candidate.is_dense) for opts in options.values()
-    )
-    factors = {int(b): float(f) for b, f in (base.search.get("factors") or {}).items()}
-    every = base.budget.get("every_workload") or []
-    latency = LatencyModel(
-        layers, table, float(base.search.get("correction") or 1.0), factors, every
-    )
-    options = corrected(options, latency.factor)
+def front_rows(run: Path, base: Plan) -> list[dict[str, str]]:
+    """front.csv, with what its plans are for the whole model, as far as that is on file.
 
-    def solved(at: float) -> solver.Solution:
-        return solver.solve(
-            options, at * dense_us, ties=ties_of(layers), limits=latency.limits(at)
-        )
-
-    try:
-        solution = solved(ratio)
-    except InfeasibleBudgetError:
-        smallest, _ = solver.least(solved)
-        raise InfeasibleBudgetError(
-            f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}."
-        ) from None
-    reached = solution.cost_us / dense_us
-    dense_ms = base.measured["dense_latency_ms"]
-    fixed_ms = base.measured["fixed_latency_ms"]
-    return replace(
-        base,
-        layers={ly.name: LayerPlan.of(ly, solution.choices[ly.name]) for ly in layers},
-        budget={"value": ratio, "scope": "layers", "max_drop": None}
-        | ({"every_workload": every} if every else {}),
-        predicted={
-            "latency_ms": fixed_ms + reached * (dense_ms - fixed_ms),
-            "latency_ratio_layers": reached,
-            "score_increase": solution.loss,
-        },
-        measured={},
-        baselines={},
-        search={"optimality_gap": solution.gap}
-        | {key: base.search.get(key) for key in ("solver", "trials", "seed", "workload")},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        weights_sha256="",
-    )
+    The latency of the whole model is the measured one, else that of the layers' ratio; of most
+    plans nobody wrote down the multiply-adds and parameters ("").
+    """
+    read_front(run / "front.csv")  # refuses what is no number
+    rows = read_rows(run / "front.csv", FrontPoint.FIELDS)
+    known = _measured(run, base, {row["name"] for row in rows})
+    every = bool(base.budget.get("every_workload"))  # ratios are then those of the worst one
+    for row in rows:
+        values = known.get(row["name"], {})
+        ratio = number(values.get(RATIOS["model_latency_ratio"]))
+        if ratio is None and not every:
+            ratio = model_ratio(base, _layer_ratio(row))
+        sizes = (number(values.get(key)) for key in ("macs_ratio", "params_ratio"))
+        added = ("" if v is None else f"{v:.5f}" for v in (ratio, *sizes))
+        row |= dict(zip(ADDED, (*added, _scope(base)), strict=True))
+    return rows
 
 
-def read_layers(run: Path) -> list[LayerSpec]:
-    """layers.json as LayerSpecs."""
-    path = run / "layers.json"
-    try:
-        return [
-            LayerSpec(
-                **(item | {"calls": tuple(Call(**c) for c in item["calls"])}
-                   | {"aliases": tuple(item["aliases"])})
-            )
-            for item in read_json(path)["layers"]
-        ]  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise IncompatibleInputError(f"{path} is damaged ({error}).") from error
+def _measured(run: Path, base: Plan, names: set[str]) -> dict[str, Mapping[str, Any]]:
+    """What was measured of the plans of a front, by name."""
+    known: dict[str, Mapping[str, Any]] = {"dense": dict.fromkeys(RATIOS.values(), 1.0)}
+    for stem in ("searched", "uniform-low-rank", "uniform-blast"):
+        path = run / "plans" / f"{stem}.json"
+        if path.is_file():
+            plan = Plan.load(path)
+            blocks = max((c.num_blocks for c in plan.choices.values()), default=0)
+            known["searched" if stem == "searched" else f"uniform b{blocks}"] = plan.measured
+    return known | {CHOSEN if CHOSEN in names else "searched": base.measured}
+
+
+def _layer_ratio(row: Mapping[str, str]) -> float | None:
+    text = row[PREDICTED] or row[MEASURED]
+    return float(text) if text else None
+
+
+def _scope(plan: Plan) -> str:
+    return str(pick(plan.budget, "scope") or "layers")
+
+
+def _print_front(rows: list[dict[str, str]], base: Plan) -> None:
+    view = _table(f"evaluated plans (* on the front); {budget_text(base.budget)}")
+    for column in ("loss, predicted", "loss, measured"):
+        view.add_column(column, justify="right")
+    for row in sorted(rows, key=lambda row: _layer_ratio(row) or 0.0):
+        how = "measured" if row[MEASURED] else "predicted"
+        view.add_row(
+            Text(row["name"] + (" *" if row["on_front"] == "1" else "")),
+            f"{_layer_ratio(row) or 0.0:.4f} {how}",
+            *(f"{float(row[key]):.3f}" if row[key] else "-" for key in ADDED[:3]),
+            *(f"{float(row[key]):.4f}" if row[key] else "-"
+              for key in ("predicted_loss_increase", "measured_loss")),
+        )  # fmt: skip
+    console().print(view)
+
+
+def _print_plan(plan: Plan) -> None:
+    view = _table(f"predicted ratios to dense; {budget_text(plan.budget)}")
+    view.add_row("new plan", *(show(plan.predicted[key]) for key in RATIOS.values()))
+    console().print(view)
+
+
+def _table(title: str) -> Table:
+    """Room for a plan's name and its four ratios to dense."""
+    view = Table(title=Text(title))
+    for column in ("plan", "layer latency", "model latency", "MACs", "parameters"):
+        view.add_column(column, justify="left" if column == "plan" else "right")
+    return view

@@ -7,6 +7,7 @@ off gives a report too, with "-" where a value is missing.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ def verdict(plan: Plan) -> Notice:
     """Whether the budget was met and by how much, or that the model should stay dense."""
     ratio = number(pick(plan.measured, "latency_ratio_model"))
     if plan.layers and all(layer.kind == "dense" for layer in plan.layers.values()):
-        return Notice("Keep this model dense.", "The plan changes no layer.", "plain")
+        text = f"The plan changes no layer; {budget_text(plan.budget)}."
+        return Notice("Keep this model dense.", text, "plain")
     scope = pick(plan.budget, "scope") or "layers"
     subject, what, key = SCOPES.get(scope, SCOPES["layers"])
     value, limit = number(pick(plan.measured, key)), number(pick(plan.budget, "value"))
@@ -185,7 +187,10 @@ def verdict(plan: Plan) -> Notice:
         )
         return Notice("Not measured.", text, "plain")
     if ratio >= 1:
-        text = f"The plan's model takes {ratio:.3f} of the dense latency: nothing was gained."
+        text = (
+            f"The plan's model takes {ratio:.3f} of the dense latency: nothing was gained; "
+            f"{budget_text(plan.budget)}."
+        )
         return Notice("Keep this model dense.", text, "bad")
     parts = [f"{subject} {value:.3f} of the dense {what} (scope {scope}"]
     if limit is None:
@@ -203,6 +208,15 @@ def verdict(plan: Plan) -> Notice:
         True: ("Budget met.", "good"), False: ("Budget missed.", "bad"),
     }.get(met, ("Budget not judged.", "plain"))  # fmt: skip
     return Notice(heading, "; ".join(parts) + ".", tone)
+
+
+def budget_text(budget: Mapping[str, Any]) -> str:
+    """A plan's budget in words, with its scope: "budget 0.3 (scope layers)"."""
+    limit, drop = number(pick(budget, "value")), number(pick(budget, "max_drop"))
+    text = "no latency budget" if limit is None else f"budget {limit:g}"
+    text += f" (scope {clean(pick(budget, 'scope') or 'layers')})"
+    text += " on each workload" if pick(budget, "every_workload") else ""
+    return text if drop is None else f"{text}, largest drop {drop:g}"
 
 
 def _change(plan: Plan, drop: float | None) -> str:

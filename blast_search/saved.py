@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,16 @@ from blast_search.evaluate import (
     evaluate,
     size_ratios,
     workloads_of,
+    worse_by,
 )
 from blast_search.files import make_folder
 from blast_search.latency import describe
 from blast_search.layers import inventory
-from blast_search.model_latency import time_variants
+from blast_search.model_latency import Timing, time_variants
 from blast_search.plan import Plan
 from blast_search.progress import Reporter, console
 from blast_search.refresh import refresh as refresh_model
+from blast_search.report import SCOPES, budget_text
 from blast_search.retrain import recover
 from blast_search.settings import DTYPES, pick_device
 from blast_search.space import SearchSpace
@@ -188,7 +190,8 @@ def verify(
         layers, plan.choices, count_params(dense), count_macs(dense, workloads)
     )
     values = {"dense": evaluate(loaded, dense), "compressed": evaluate(loaded, model)}
-    result = {
+    drop = worse_by(loaded, values["compressed"], values["dense"])
+    result: dict[str, Any] = {
         "metric": {"name": loaded.metric[0]} | values,
         "timing": asdict(timing),
         "latency_ratio_layers": timing.ratio_layers,
@@ -197,6 +200,7 @@ def verify(
         "params_ratio": params,
         "environment": describe(device.type, str(env.get("dtype", "float32"))),
     }
+    result["budget"] = judged(plan.budget, result, timing, drop)
     if not silent:
         view = Table(title=f"{folder}: measured, interleaved, {timing.runs} rounds")
         for column in ("", loaded.metric[0], "layers", "model", "MACs", "parameters"):
@@ -205,4 +209,29 @@ def verify(
         ratios = (timing.ratio_layers, timing.ratio_model, macs, params)
         view.add_row("plan", f"{values['compressed']:.4f}", *(f"{r:.3f}" for r in ratios))
         console().print(view)
+        words = {True: "met", False: "missed", None: "nothing to judge"}
+        text = f"{budget_text(plan.budget)}: {words[result['budget']['met']]} by this measurement."
+        console().print(text, markup=False)
     return result
+
+
+def judged(
+    budget: Mapping[str, Any], ratios: Mapping[str, Any], timing: Timing, drop: float
+) -> dict[str, Any]:
+    """A plan's budget, and whether a measurement meets it ("met"; None: it has none).
+
+    Args:
+        ratios: measured, by the names of plan.json.
+        drop: of the metric, in its own unit.
+    """
+    scope, value, allowed = (budget.get(key) for key in ("scope", "value", "max_drop"))
+    scope, met = str(scope or "layers"), []
+    if value is not None:
+        ratio = ratios[SCOPES[scope][2]] if scope in SCOPES else float("nan")
+        if budget.get("every_workload"):
+            ratio = max(timing.by_workload)
+        met.append(ratio <= value * (1 + 1e-9))
+    if allowed is not None:
+        met.append(drop <= allowed)
+    asked = {"value": value, "scope": scope, "max_drop": allowed}
+    return asked | {"met": all(met) if met else None}

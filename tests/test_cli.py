@@ -81,7 +81,12 @@ def test_apply_retrain_verify(run: Path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert 0 < result["latency_ratio_layers"] < 3
     assert result["macs_ratio"] < 1
+    assert result["budget"] == {
+        "value": 0.8, "scope": "layers", "max_drop": None,
+        "met": result["latency_ratio_layers"] <= 0.8,
+    }  # fmt: skip
     assert call("verify", str(run / "model"), "--seconds", "1") == 0
+    assert "budget 0.8 (scope layers): m" in capsys.readouterr().out
 
 
 def test_apply_by_model_function(run: Path):

@@ -232,8 +232,10 @@ def test_verdicts() -> None:
     assert "The whole model has 0.588 of the dense parameters (scope p" in verdict(params).text
     slow = replace(plan, measured=measured(1.1, 1.05, 0.8, None))
     assert verdict(slow).title == "Keep this model dense."
+    assert "budget 0.3 (scope layers)" in verdict(slow).text
     dense = replace(plan, layers={"a": LayerPlan("dense", 0, 0, 8, 8)})
     assert verdict(dense).title == "Keep this model dense."
+    assert "budget 0.3 (scope layers), largest drop 0.02" in verdict(dense).text
     values = measured(0.29, 0.44, 21.0, 19.5)
     values["metric"] = {"name": "perplexity", "higher_is_better": False, "dense": 18.0,
                         "compressed": 21.0, "retrained": 19.5}  # fmt: skip

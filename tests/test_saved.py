@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from toy import ToyTask
 import blast_search as bs
 from blast_search import cli
 from blast_search.evaluate import evaluate
+from blast_search.saved import judged
 
 
 class Distance(ToyTask):
@@ -81,3 +84,23 @@ def test_retraining_that_helps_is_kept(saved: Path, capsys):
     assert held(saved)["model.safetensors"] != before["model.safetensors"]
     again = bs.load(saved, ToyTask().model)
     assert evaluate(Distance(), again) == pytest.approx(result["metric"]["after"])
+
+
+def test_a_measurement_is_judged_by_the_plans_own_budget():
+    ratios = {"latency_ratio_layers": 0.3, "latency_ratio_model": 0.5, "macs_ratio": 0.4,
+              "params_ratio": 0.6}  # fmt: skip
+    timing = SimpleNamespace(by_workload=(0.2, 0.35))
+
+    def met(drop: float = 0.0, **budget: Any) -> bool | None:
+        result = judged(budget, ratios, timing, drop)  # type: ignore[arg-type]
+        assert set(result) == {"value", "scope", "max_drop", "met"}
+        return result["met"]
+
+    assert met() is None
+    for scope, reached in zip(("layers", "model", "macs", "params"), ratios.values(), strict=True):
+        assert met(value=reached, scope=scope) is True
+        assert met(value=reached - 0.01, scope=scope) is False
+    assert met(value=0.32, scope="layers", every_workload=["a", "b"]) is False
+    assert met(value=0.35, scope="layers", every_workload=["a", "b"]) is True
+    assert met(drop=0.02, value=None, max_drop=0.01) is False
+    assert met(drop=0.01, value=0.3, max_drop=0.01) is True

@@ -1,0 +1,175 @@
+"""A plan for another budget, from the tables of a run; nothing is measured for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blast_search import solver
+from blast_search.document import number, pick
+from blast_search.engine import Engine
+from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
+from blast_search.evaluate import size_ratios
+from blast_search.figures import read_front
+from blast_search.files import read_json, read_yaml_mapping
+from blast_search.latency import fingerprint
+from blast_search.latency_model import LatencyModel
+from blast_search.plan import LayerPlan, Plan
+from blast_search.progress import SILENT
+from blast_search.runfolder import RunFolder
+from blast_search.space import Call, Candidate, LayerSpec, SearchSpace, load_space
+from blast_search.tables import LatencyTable, Score, ScoreTable
+
+
+def plan_at(run: Path, ratio: float) -> Plan:
+    """The exact plan of a run for another layer ratio; of a uniform space, the best uniform one.
+
+    Raises:
+        InfeasibleBudgetError: no plan has so small a predicted ratio.
+        IncompatibleInputError: a file of the run is missing or damaged.
+    """
+    base = Plan.load(run / "plan.json")
+    engine = engine_on_file(run, base)
+    try:
+        choices = engine.exact(ratio)
+    except KeyError:
+        raise IncompatibleInputError(
+            f"{run / 'latency.csv'} has no cells for some layers of layers.json. Restore it, "
+            f"or measure them again with --resume {run}."
+        ) from None
+    except InfeasibleBudgetError:
+        smallest, _ = solver.least(engine.exact)
+        raise InfeasibleBudgetError(
+            f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}."
+        ) from None
+    reached, every = engine.latency.total(choices), list(engine.latency.workloads)
+    macs, params = number(pick(base.model, "macs")), number(pick(base.model, "params"))
+    sizes = size_ratios(engine.layers, choices, int(params or 0), macs or 0.0)
+    return replace(
+        base,
+        layers={ly.name: LayerPlan.of(ly, choices[ly.name]) for ly in engine.layers},
+        budget={"value": ratio, "scope": "layers", "max_drop": None}
+        | ({"every_workload": every} if every else {}),
+        predicted={
+            "latency_ms": latency_ms(base, reached),
+            "latency_ratio_layers": reached,
+            "latency_ratio_model": model_ratio(base, reached),
+            "macs_ratio": sizes[0] if macs else None,
+            "params_ratio": sizes[1] if params else None,
+            "score_increase": engine.predicted_loss(choices),
+        },
+        measured={},
+        baselines={},
+        search={"optimality_gap": engine.gap}
+        | {key: base.search.get(key) for key in ("solver", "trials", "seed", "workload")},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        weights_sha256="",
+    )
+
+
+def latency_ms(base: Plan, layer_ratio: float | None) -> float | None:
+    """The model's latency at a layer ratio, by the times that the run measured; None: unknown."""
+    dense = number(pick(base.measured, "dense_latency_ms"))
+    fixed = number(pick(base.measured, "fixed_latency_ms"))
+    if layer_ratio is None or dense is None or fixed is None:
+        return None
+    return fixed + layer_ratio * (dense - fixed)
+
+
+def model_ratio(base: Plan, layer_ratio: float | None) -> float | None:
+    """As `latency_ms`, relative to the dense model's."""
+    ms = latency_ms(base, layer_ratio)
+    return None if ms is None else ms / float(base.measured["dense_latency_ms"])
+
+
+@dataclass(frozen=True)
+class ScoresOnFile:
+    """scores.csv in the place of the search's scorer: linear between the candidates on file."""
+
+    scores: Mapping[str, Mapping[Candidate, Score]]
+
+    def score(self, layer: LayerSpec, candidate: Candidate) -> Score:
+        known = self.scores.get(layer.name, {})
+        if candidate.is_dense or not known:
+            return Score(0.0, 0.0)
+        if candidate in known:
+            return known[candidate]
+        # A block count of which none is faster than dense here has no scores: those of the others.
+        same = [c for c in known if c.num_blocks == candidate.num_blocks] or list(known)
+        points = sorted((layer.params(c), known[c].error, known[c].loss) for c in same)
+        sizes, errors, losses = zip(*points, strict=True)
+        at = layer.params(candidate)
+        return Score(float(np.interp(at, sizes, errors)), float(np.interp(at, sizes, losses)))
+
+
+def engine_on_file(run: Path, base: Plan) -> Engine:
+    """The engine of a run, as far as it solves and predicts: it has no model to measure."""
+    if lost := [n for n in ("latency.csv", "scores.csv") if not (run / n).is_file()]:
+        raise IncompatibleInputError(
+            f"{run} has no {' and no '.join(lost)}. Restore the folder, or search again."
+        )
+    scores = ScoreTable.read(run / "scores.csv")
+    factors = {int(b): float(f) for b, f in (base.search.get("factors") or {}).items()}
+    latency = LatencyModel(
+        read_layers(run), settled_table(run), float(base.search.get("correction") or 1.0),
+        factors, base.budget.get("every_workload") or [],
+    )  # fmt: skip
+    scorer: Any = ScoresOnFile(scores.scores)
+    nothing: Any = None
+    return Engine(
+        model=nothing, layers=list(latency.layers), space=space_of(run, base), workloads=(),
+        panel=nothing, latency=latency, scorer=scorer, scores=scores, run=nothing, report=SILENT,
+    )  # fmt: skip
+
+
+def settled_table(run: Path) -> LatencyTable:
+    """latency.csv with the doubtful cells that the search measured again (Pipeline.settle)."""
+    table = LatencyTable.open(
+        run / "latency.csv", fingerprint(read_json(run / "environment.json"))
+    )
+    again = LatencyTable(table.device)
+    for (kind, _), rows in RunFolder.open(run).measured.items():
+        for row in rows if kind == "doubtful cells" else ():
+            again.add_row(row, f"{run / 'measured.csv'}, doubtful cells")
+    table.path = None  # the file stays as it is
+    table.merge(again)
+    return table
+
+
+def space_of(run: Path, base: Plan) -> SearchSpace:
+    """The search space of a run.
+
+    Of one that is gone (a file elsewhere, an object in Python) only matters whether it was
+    uniform, and a run in a uniform space has no plan of several block counts and no trials.
+    """
+    name = str(read_yaml_mapping(run / "config.yaml").get("space", "default"))
+    try:
+        return load_space(name)
+    except UsageError as error:
+        blocks = {c.num_blocks for c in base.choices.values() if not c.is_dense}
+        if len(blocks) > 1 or any(r.name == "trial" for r in read_front(run / "front.csv")):
+            return SearchSpace(name)
+        raise IncompatibleInputError(
+            f"{run} was searched in a space that is not found any more, and it may have been a "
+            f"uniform one: {error} Put it back, or call from the folder where the run began."
+        ) from error
+
+
+def read_layers(run: Path) -> list[LayerSpec]:
+    """layers.json as LayerSpecs."""
+    path = run / "layers.json"
+    try:
+        return [
+            LayerSpec(
+                **(item | {"calls": tuple(Call(**c) for c in item["calls"])}
+                   | {"aliases": tuple(item["aliases"])})
+            )
+            for item in read_json(path)["layers"]
+        ]  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise IncompatibleInputError(f"{path} is damaged ({error}).") from error

@@ -1,0 +1,183 @@
+"""`pareto` on run folders made of plain tables: which plan is picked, and what is said of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from blast_search import cli
+from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError
+from blast_search.files import write_json, write_rows
+from blast_search.latency import fingerprint
+from blast_search.plan import FrontPoint, LayerPlan, Plan
+from blast_search.replan import plan_at
+from blast_search.runfolder import FIELDS, RunFolder
+from blast_search.space import DENSE, Call, Candidate, LayerSpec, SearchSpace
+from blast_search.tables import Cell, LatencyTable, Measurement, Score, ScoreTable, cell_row
+
+SPACE = SearchSpace("some", num_blocks=(1, 2), keep=(0.1, 0.2, 0.3, 0.4, 0.5), rank_multiple=1)
+LAYERS = [LayerSpec(f"fc{i}", 64, 64, True, (Call(8),)) for i in range(4)]
+ENVIRONMENT = {"device": "some", "threads": 1}
+PARAMS, MACS = 100_000, 400_000.0
+
+
+def cell(candidate: Candidate) -> Cell:
+    return Cell(fingerprint(ENVIRONMENT), "eager", "float32", "c", 64, 64, True, 8, candidate)
+
+
+def timed(ratio: float, half: float = 0.02) -> Measurement:
+    low, high = ratio * (1 - half), ratio * (1 + half)
+    return Measurement(100 * ratio, 1, 1, 9, 100.0, ratio, low, high)
+
+
+def measured(ratio: float) -> dict[str, Any]:
+    """Layers take 8 of 10 ms."""
+    return {
+        "dense_latency_ms": 10.0, "fixed_latency_ms": 2.0, "latency_ratio_layers": ratio,
+        "latency_ratio_model": (2 + 8 * ratio) / 10, "macs_ratio": 0.6, "params_ratio": 0.7,
+        "metric": {"name": "m", "higher_is_better": True, "dense": 1.0, "compressed": 0.9},
+        "met_budget": True,
+    }  # fmt: skip
+
+
+def ratio_of(c: Candidate) -> float:
+    """Time follows parameters; two blocks are slower."""
+    return c.params(64, 64) / 64**2 + 0.02 * c.num_blocks
+
+
+def write_run(run: Path, space: str) -> Path:
+    """A finished run; low rank loses half as much in the first two layers, two blocks do in the
+    others, so that the exact plan mixes block counts."""
+    run.mkdir()
+    table = LatencyTable(fingerprint(ENVIRONMENT), run / "latency.csv")
+    table.add(cell(DENSE), timed(1.0))
+    scores: dict[str, dict[Candidate, Score]] = {}
+    for c in SPACE.candidates(LAYERS[0])[1:]:
+        table.add(cell(c), timed(ratio_of(c)))
+        for place, layer in enumerate(LAYERS):
+            suits = (c.num_blocks == 1) == (place < 2)
+            loss = (1 if suits else 2) * (1 - c.params(64, 64) / 64**2)
+            scores.setdefault(layer.name, {})[c] = Score(loss, loss)
+    write_rows(run / "scores.csv", ScoreTable.FIELDS, ScoreTable(scores).rows())
+    write_json(run / "layers.json", {"layers": [asdict(ly) for ly in LAYERS], "skipped": {}})
+    write_json(run / "environment.json", ENVIRONMENT)
+    (run / "config.yaml").write_text(yaml.safe_dump({"space": space}))
+    plan = Plan(
+        {"name": "some", "params": PARAMS, "macs": MACS},
+        {ly.name: LayerPlan.of(ly, Candidate(2, 9)) for ly in LAYERS},
+        budget={"value": 0.5, "scope": "model", "max_drop": None},
+        measured=measured(0.4),
+    )
+    plan.save(run / "plan.json")
+    (run / "plans").mkdir()
+    low = {ly.name: LayerPlan.of(ly, Candidate(1, 10)) for ly in LAYERS}
+    replace(plan, layers=low, measured=measured(0.35)).save(run / "plans/uniform-low-rank.json")
+    rows = [("searched", "", 0.4, 0.3, 0.2, 1), ("exact 0.60", 0.6, "", 0.2, 0.1, 1),
+            ("uniform b1", "", 0.35, 0.5, 0.4, 0), ("dense", 1.0, "", 0, 0, 1)]  # fmt: skip
+    dicts = [dict(zip(FrontPoint.FIELDS, row, strict=True)) for row in rows]
+    write_rows(run / "front.csv", FrontPoint.FIELDS, dicts)
+    return run
+
+
+@pytest.fixture
+def spaces(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    values = {"num_blocks": [1, 2], "keep": list(SPACE.keep), "rank_multiple": 1}
+    Path("any.yaml").write_text(yaml.safe_dump(values))
+    Path("uniform.yaml").write_text(yaml.safe_dump(values | {"uniform": True}))
+    return tmp_path
+
+
+def blocks(plan: Plan) -> set[int]:
+    return {c.num_blocks for c in plan.choices.values()}
+
+
+def test_a_run_in_a_uniform_space_gives_uniform_plans(spaces: Path):
+    assert blocks(plan_at(write_run(spaces / "a", "any.yaml"), 0.3)) == {1, 2}
+    plan = plan_at(write_run(spaces / "u", "uniform.yaml"), 0.3)
+    assert len(set(plan.choices.values())) == 1  # four layers of one shape: one rank
+    assert plan.predicted["latency_ratio_layers"] <= 0.3
+    (choice,) = set(plan.choices.values())
+    larger = Candidate(choice.num_blocks, choice.rank + 1)
+    assert ratio_of(larger) > 0.3
+    with pytest.raises(InfeasibleBudgetError, match="the smallest is"):
+        plan_at(spaces / "u", 0.01)
+
+
+def test_a_space_that_is_gone_is_named_where_it_could_have_been_uniform(spaces: Path):
+    run = write_run(spaces / "u", "uniform.yaml")
+    (spaces / "uniform.yaml").unlink()
+    with pytest.raises(IncompatibleInputError, match=r"uniform\.yaml does not exist"):
+        plan_at(run, 0.3)
+    base = Plan.load(run)
+    mixed = base.layers | {"fc0": LayerPlan.of(LAYERS[0], Candidate(1, 10))}
+    replace(base, layers=mixed).save(run / "plan.json")
+    assert blocks(plan_at(run, 0.3)) == {1, 2}  # it was not
+
+
+def test_doubtful_cells_count_as_they_were_measured_again(spaces: Path):
+    run = write_run(spaces / "a", "any.yaml")
+    before, table = plan_at(run, 0.3), (run / "latency.csv").read_text()
+    rows = [
+        cell_row(cell(c), timed(0.9, 0.001))
+        for c in SPACE.candidates(LAYERS[0])
+        if c.num_blocks == 2
+    ]
+    RunFolder.open(run).once("doubtful cells", "0.3000", "exact", lambda: rows)
+    assert 2 in blocks(before)
+    assert 2 not in blocks(plan_at(run, 0.3))
+    assert (run / "latency.csv").read_text() == table
+    assert FIELDS[0] in (run / "measured.csv").read_text()
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as leave:
+        cli.main(list(arguments))
+    return int(leave.value.code or 0)
+
+
+def test_another_plan_comes_with_four_ratios_and_its_scope(spaces: Path, capsys):
+    run = str(write_run(spaces / "a", "any.yaml"))
+    assert call("pareto", run, "--at", "0.3", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["budget"] == {"value": 0.3, "scope": "layers", "max_drop": None}
+    assert result["run_budget"]["scope"] == "model"
+    predicted, plan = result["predicted"], Plan.load(result["plan"])
+    ratio = predicted["latency_ratio_layers"]
+    assert predicted["latency_ratio_model"] == pytest.approx((2 + 8 * ratio) / 10)
+    saved = sum(ly.params(DENSE) - ly.params(plan.choices[ly.name]) for ly in LAYERS)
+    assert predicted["params_ratio"] == pytest.approx(1 - saved / PARAMS)
+    assert predicted["macs_ratio"] == pytest.approx(1 - 8 * saved / MACS)
+    assert call("pareto", run, "--at", "0.3") == 0
+    shown = capsys.readouterr().out
+    assert "budget 0.3 (scope layers)" in shown
+    for key in ("latency_ratio_layers", "latency_ratio_model", "macs_ratio", "params_ratio"):
+        assert f"{predicted[key]:.3f}" in shown
+
+
+def test_the_front_says_its_scope_and_the_ratios_that_are_on_file(spaces: Path, capsys):
+    run = str(write_run(spaces / "a", "any.yaml"))
+    assert call("pareto", run) == 0
+    shown = capsys.readouterr().out
+    assert "budget 0.5 (scope model)" in shown
+    assert "0.4000 measured" in shown
+    assert call("pareto", run, "--csv") == 0
+    rows = {r["name"]: r for r in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    assert {r["budget_scope"] for r in rows.values()} == {"model"}
+    ratios = {
+        name: [r[key] for key in ("model_latency_ratio", "macs_ratio", "params_ratio")]
+        for name, r in rows.items()
+    }
+    assert ratios == {
+        "searched": ["0.52000", "0.60000", "0.70000"],
+        "exact 0.60": ["0.68000", "", ""],
+        "uniform b1": ["0.48000", "0.60000", "0.70000"],
+        "dense": ["1.00000"] * 3,
+    }
