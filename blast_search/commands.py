@@ -134,6 +134,8 @@ def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[
     settings.check()
     task, space = load_task(settings.task), load_space(settings.space)
     prepared = prepare(task, settings, space, meta=settings.task.startswith(SHAPES))
+    if prepared.note:
+        report.say(prepared.note)
     cells = prepared.cells()
     missing = cells
     out = values.get("out")
@@ -182,6 +184,8 @@ def profile(
     loaded = load_task(settings.task)
     meta = settings.task.startswith(SHAPES) and not check
     prepared = prepare(loaded, settings, load_space(settings.space), meta)
+    if prepared.note:
+        report.say(prepared.note)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = make_folder(out or Path("results") / f"profile-{loaded.name}-{stamp}")
     with locked(folder):

@@ -33,6 +33,7 @@ class Prepared:
     dtype: torch.dtype
     mode: str
     environment: dict[str, Any]
+    note: str = ""  # for the user, of the model's own dtype
 
     @property
     def fingerprint(self) -> str:
@@ -60,6 +61,7 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
     with torch.device("meta") if meta else nullcontext():
         workloads = workloads_of(task, settings.workload)
         model = task.model().eval()
+    note = _dtype_note(model, settings.dtype)
     model = model.to("meta" if meta else device, dtype)
     layers, skipped = inventory(model, workloads, space)
     if not layers:
@@ -71,5 +73,17 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
     space.check(layers)
     env = describe(device.type, settings.dtype)
     return Prepared(
-        task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env
+        task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env, note
+    )
+
+
+def _dtype_note(model: nn.Module, name: str) -> str:
+    """That the task's model comes in another dtype than it is searched in, "" if it does not."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()} - {DTYPES[name]}
+    if not found:
+        return ""
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+    return (
+        f"The task's model comes in {names} and is searched, measured and saved in {name}; "
+        "--dtype chooses another."
     )

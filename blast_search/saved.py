@@ -16,7 +16,7 @@ from torch import nn
 
 from blast_search import apply as apply_plan
 from blast_search import load, save
-from blast_search.errors import UsageError
+from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.evaluate import (
     Task,
     count_macs,
@@ -109,18 +109,31 @@ def _dense(
     """What builds the dense model (--model, else the task), and the task's calibration data."""
     if not model:
         loaded = _task_of(plan, task)
-        return _fresh(loaded.model), list(loaded.calibration())
+        return _fresh(loaded.model, plan), list(loaded.calibration())
     if task is None:
         report.say("no --task: factors without calibration data, which costs quality.")
-    factory = _fresh(_factory(model))
+    factory = _fresh(_factory(model), plan)
     return factory, list(load_task(task).calibration()) if task else None
 
 
-def _fresh(factory: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+def _fresh(factory: Callable[[], nn.Module], plan: Plan) -> Callable[[], nn.Module]:
     """A factory whose models are new ones even if the given one returns the same each time; on
-    the GPU where there is one."""
-    device = pick_device("auto")
-    return lambda: copy.deepcopy(factory()).to(device)
+    the GPU where there is one, in the dtype that the plan was searched and measured in."""
+    device, dtype = pick_device("auto"), _dtype(plan)
+    return lambda: copy.deepcopy(factory()).to(device, dtype)
+
+
+def _dtype(plan: Plan) -> torch.dtype | None:
+    """The plan's dtype; None for one that was never searched (`uniform_plan`)."""
+    name = plan.environment.get("dtype")
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise IncompatibleInputError(
+            f"the plan's dtype is {name!r}, expected one of {', '.join(DTYPES)}. Update "
+            "blast-search, or search again."
+        )
+    return DTYPES[name]
 
 
 def retrain(
@@ -138,7 +151,7 @@ def retrain(
     """
     plan = Plan.load(folder)
     loaded = _task_of(plan, task)
-    factory = _fresh(loaded.model)
+    factory = _fresh(loaded.model, plan)
     before = evaluate(loaded, load(folder, factory))
     found = recover(
         loaded, lambda: load(folder, factory), factory(), before, steps, seed, report=report
@@ -175,8 +188,8 @@ def verify(
             "there, or search again on this device."
         )
     device = pick_device(kind)
-    dtype = DTYPES[str(env.get("dtype", "float32"))]
-    factory = _fresh(loaded.model)
+    dtype = _dtype(plan) or torch.float32
+    factory = _fresh(loaded.model, plan)
     model = load(folder, factory).eval().to(device, dtype)
     dense = factory().eval().to(device, dtype)
     workloads = workloads_of(loaded, plan.search.get("workload") or None)

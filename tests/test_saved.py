@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_apply import toy_plan
 from torch import nn
 from toy import ToyTask
@@ -16,7 +18,10 @@ from toy import ToyTask
 import blast_search as bs
 from blast_search import cli
 from blast_search.evaluate import evaluate
+from blast_search.prepared import prepare
 from blast_search.saved import judged
+from blast_search.settings import Settings
+from blast_search.space import SearchSpace
 
 
 class Distance(ToyTask):
@@ -104,3 +109,45 @@ def test_a_measurement_is_judged_by_the_plans_own_budget():
     assert met(value=0.35, scope="layers", every_workload=["a", "b"]) is True
     assert met(drop=0.02, value=None, max_drop=0.01) is False
     assert met(drop=0.01, value=0.3, max_drop=0.01) is True
+
+
+def toy_model() -> nn.Module:
+    return ToyTask().model()
+
+
+def test_a_plan_is_built_in_its_own_dtype(saved: Path, capsys):
+    def dtypes(folder: str | Path) -> set[torch.dtype]:
+        return {value.dtype for value in load_file(Path(folder) / "model.safetensors").values()}
+
+    assert dtypes(saved) == {torch.float32}
+    plan, task = replace(toy_plan(), environment={"dtype": "bfloat16"}), f"{__name__}:distance"
+    plan.save("plan.json")
+    assert call("apply", "plan.json", "--task", task, "--out", "task", "-q") == 0
+    assert call("apply", "plan.json", "--model", f"{__name__}:toy_model", "--out", "model") == 0
+    assert dtypes("task") == dtypes("model") == {torch.bfloat16}
+    size = [Path(f, "model.safetensors").stat().st_size for f in (saved, "task")]
+    assert size[1] < 0.55 * size[0]
+    assert call("retrain", "task", "--task", task, "--steps", "2", "--out", "new", "-q") == 0
+    assert call("refresh", "task", "--task", task, "--out", "again", "-q") == 0
+    assert dtypes("new") == dtypes("again") == {torch.bfloat16}
+    capsys.readouterr()
+    assert call("verify", "new", "--task", task, "--seconds", "0.5", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["environment"]["dtype"] == "bfloat16"
+    replace(plan, environment={"dtype": "int3"}).save("odd.json")
+    assert call("apply", "odd.json", "--task", task, "--out", "x") == 4
+    assert "dtype is 'int3'" in capsys.readouterr().err
+
+
+class Half(ToyTask):
+    def model(self) -> nn.Module:
+        return super().model().to(torch.bfloat16)
+
+
+def test_a_model_in_another_dtype_than_asked_is_said():
+    def note(task: ToyTask, dtype: str) -> str:
+        return prepare(task, Settings(budget=0.5, dtype=dtype), SearchSpace()).note
+
+    assert note(ToyTask(), "float32") == note(Half(), "bfloat16") == ""
+    assert "comes in bfloat16 and is searched, measured and saved in float32" in note(
+        Half(), "float32"
+    )
