@@ -14,10 +14,10 @@ from rich.table import Table
 from torch import nn
 
 from blast_search import pipeline
-from blast_search.cellcache import open_cache
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.files import locked, make_folder, read_yaml_mapping, write_json
-from blast_search.latency import CELL_SECONDS, environment, interleave, missing_cells
+from blast_search.forecast import forecast
+from blast_search.latency import environment, interleave
 from blast_search.latency_model import LatencyModel
 from blast_search.noise import gpu_state, table_noise
 from blast_search.plan_check import check_text, cross_validated, measure_plans
@@ -25,7 +25,7 @@ from blast_search.prepared import prepare
 from blast_search.profiling import Profiler
 from blast_search.progress import Reporter, console
 from blast_search.runfolder import RunFolder
-from blast_search.settings import Settings
+from blast_search.settings import SETTING_NAMES, Settings
 from blast_search.space import LayerSpec, load_space
 from blast_search.tables import LatencyTable
 from blast_search.tasks import SHAPES, load_task
@@ -35,7 +35,6 @@ NOT_SETTINGS = (
 )  # fmt: skip
 CHECK_PLANS = 30
 NOT_ARGUMENTS = ("resume", "as_json", "quiet", "verbose")
-SETTING_NAMES = {f.name for f in fields(Settings)}
 
 
 def search(
@@ -126,42 +125,6 @@ def _config(path: Path) -> dict[str, Any]:
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind | int)):
             raise IncompatibleInputError(f"{path}: {key} is {value!r}, expected a number.")
     return values
-
-
-def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[str, Any]:
-    """What a search would measure, what is on file, and about how long the rest takes."""
-    settings = Settings(**{k: values[k] for k in SETTING_NAMES})
-    settings.check()
-    task, space = load_task(settings.task), load_space(settings.space)
-    prepared = prepare(task, settings, space, meta=settings.task.startswith(SHAPES))
-    if prepared.note:
-        report.say(prepared.note)
-    cells = prepared.cells()
-    missing = cells
-    out = values.get("out")
-    if out and (Path(out) / "latency.csv").is_file():
-        table = LatencyTable.open(Path(out) / "latency.csv", prepared.fingerprint)
-        missing = missing_cells(table, cells)
-    cache = open_cache(prepared.fingerprint)
-    cached = sum(cell in cache.cells for cell in missing)
-    naive = sum(len(space.candidates(ly)) * len(ly.calls) for ly in prepared.layers)
-    result = {
-        "layers": len(prepared.layers),
-        "cells": len(cells),
-        "cells_without_sharing": naive,
-        "cells_on_file": len(cells) - len(missing),
-        "cells_in_cache": cached,
-        "probes": len(prepared.layers),
-        "trials": settings.trials,
-        # Timing itself; calibration, probes, trials and retraining depend on the task's data.
-        "predicted_profile_minutes": round(
-            (len(missing) - cached) * (CELL_SECONDS + 0.15) / 60, 1
-        ),
-    }
-    if not silent:
-        for key, value in result.items():
-            console().print(f"{key.replace('_', ' '):<28} {value}", markup=False)
-    return result
 
 
 def profile(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -52,7 +52,7 @@ class Settings:
                 "up to 1, for instance 0.3."
             )
         if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
-            raise UsageError(f"max_drop is {self.max_drop:g}, expected 0 or more.")
+            raise UsageError(f"max_drop is {self.max_drop:g}, expected a number of 0 or more.")
         if self.budget_scope not in SCOPES:
             raise UsageError(
                 f"budget_scope is {self.budget_scope!r}, expected one of {', '.join(SCOPES)}."
@@ -70,8 +70,14 @@ class Settings:
             raise UsageError("trials and retrain_steps must be 0 or more.")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed is {self.seed}, expected 0 or more, and less than 2^32.")
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise UsageError(f"time_limit is {self.time_limit:g} minutes, expected more than 0.")
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise UsageError(
+                f"time_limit is {self.time_limit:g} minutes, expected a number above 0. Leave it "
+                "out for no limit."
+            )
+
+
+SETTING_NAMES = {f.name for f in fields(Settings)}
 
 
 def _named(kind: Any) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from toy import ToyTask
 
-from blast_search import commands, profiling
+from blast_search import forecast, profiling
 from blast_search.cellcache import SWITCH, code_digest, open_cache
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.prepared import prepare
@@ -119,11 +119,11 @@ def test_a_second_run_copies_what_the_first_measured(cache: Path, tmp_path: Path
     copied = LatencyTable.open(tmp_path / "second.csv", prepared.fingerprint)
     assert copied.cells == first.cells  # to the digits on file: the run folder stands alone
 
-    monkeypatch.setattr(commands, "load_task", lambda name: ToyTask())
-    monkeypatch.setattr(commands, "load_space", lambda name: space)
+    monkeypatch.setattr(forecast, "load_task", lambda name: ToyTask())
+    monkeypatch.setattr(forecast, "load_space", lambda name: space)
     values = vars(settings) | {"out": None}
-    known = commands.forecast(values, SILENT, True)
+    known = forecast.forecast(values, SILENT, True)
     assert (known["cells"], known["cells_on_file"]) == (len(cells), 0)
     assert (known["cells_in_cache"], known["predicted_profile_minutes"]) == (len(cells), 0.0)
     shutil.rmtree(cache)
-    assert commands.forecast(values, SILENT, True)["cells_in_cache"] == 0
+    assert forecast.forecast(values, SILENT, True)["cells_in_cache"] == 0

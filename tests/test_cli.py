@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 
 from blast_search import cli
@@ -111,6 +112,35 @@ def test_profile_dry_run_and_resume(tmp_path: Path, capsys):
     assert json.loads(capsys.readouterr().out)["cells_on_file"] == forecast["cells"]
 
 
+def test_a_dry_run_subtracts_what_a_resumed_run_skips(run: Path, capsys):
+    fresh = ["search", "--budget", "0.8", *SMALL, "--dry-run"]
+    assert call(*fresh, "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["trials"] == 2
+    assert first["cells_are_at_most"] is False
+    assert call("search", "--resume", str(run), "--dry-run", "--json", "-q") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["cells_on_file"] == again["cells"] == first["cells"]
+    probes = len((run / "probes.csv").read_text().split("\nprobe,")) - 1
+    assert again["probes_on_file"] == probes > 0
+    assert again["probes"] == first["probes"] - probes
+    assert (
+        again["measurements_on_file"] == len((run / "measured.csv").read_text().splitlines()) - 1
+    )
+    copy = Path(shutil.copytree(run, "copied"))
+    (copy / "study.db").unlink(missing_ok=True)
+    study = optuna.create_study(storage=f"sqlite:///{copy / 'study.db'}")
+    study.tell(study.ask(), 1.0)
+    assert call("search", "--resume", str(copy), "--dry-run", "--json", "-q") == 0
+    assert json.loads(capsys.readouterr().out)["trials"] == 1
+    (copy / "study.db").write_text("no database")
+    assert call("search", "--resume", str(copy), "--dry-run", "-q") == 4
+    assert "study.db is no study" in capsys.readouterr().err
+    loud = [word for word in fresh if word != "-q"]
+    assert call(*loud, "--profile", "pruned") == 0
+    assert f"at most {first['cells']}" in capsys.readouterr().out
+
+
 def test_config_file_and_overriding_flags(capsys):
     Path("c.yaml").write_text("task: toy:task\nbudget: 7\nspace: quick\nworkers: local\n")
     assert call("search", "--config", "c.yaml", "--dry-run") == 2
@@ -177,6 +207,9 @@ CASES = {
         4,
         "cannot be called",
     ),
+    "endless": (["--budget", "0.3", *TOY, "--time-limit", "inf"], 2, "time_limit is inf"),
+    "endless budget": (["--budget", "nan", *TOY], 2, "budget is nan"),
+    "endless drop": (["--max-drop", "inf", *TOY], 2, "max_drop is inf"),
     "negative seed": (["--budget", "0.3", *TOY, "--seed", "-1"], 2, "seed is -1"),
     "task that fails": (["--budget", "0.3", *TOY, "--task", "fails:task"], 2, "NameError: name"),
     "task that breaks": (["--budget", "0.3", *TOY, "--task", "breaks:task"], 1, "KeyError: 'x'"),
