@@ -106,12 +106,13 @@ def retrain(
 
 @dataclass(frozen=True)
 class Recovery:
-    """What retraining gave: the model (None: none that is as good as before), the metric of the
-    last one that was trained (NaN where that failed), and the steps it took."""
+    """What retraining gave: the model (None: none that is as good as before), and of the last try
+    the metric (NaN where it failed), its steps and its error."""
 
     model: nn.Module | None
     metric: float
     steps: int
+    error: IncompatibleInputError | None = None
 
 
 def recover(
@@ -139,16 +140,17 @@ def recover(
         UsageError: fewer than 0 steps.
     """
     rate = float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
-    value, done = float("nan"), 0
+    value, done, failure = float("nan"), 0, None
     for lower in slower:
-        model = build()
+        model, failure = build(), None
         stage = f"retrain {name}".strip() + (f" at 1/{lower:g} of the rate" if lower > 1 else "")
         try:
             done = len(retrain(task, model, teacher, steps, seed, rate / lower, report, stage))
             value = evaluate(task, model)
             harm = f"made {name or 'it'} worse ({before:.4f} before, {value:.4f} after)"
         except IncompatibleInputError as error:
-            value, harm = float("nan"), f"failed for {name or 'it'} ({error})"
+            value, failure = float("nan"), error
+            harm = f"failed{f' for {name}' if name else ''} ({error})"
         if worse_by(task, value, before) <= 0:
             return Recovery(model, value, done)
         report.say(
@@ -156,7 +158,7 @@ def recover(
             f"{task.metric[0]}: it is not kept."
         )
         del model
-    return Recovery(None, value, done)
+    return Recovery(None, value, done, failure)
 
 
 def _endless(task: Task, seed: int) -> Iterator[Batch]:

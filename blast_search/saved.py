@@ -148,6 +148,9 @@ def retrain(
 
     Where it is worse, also at a lower rate, `folder` stays as it is; another `out` gets the model
     as it was.
+
+    Raises:
+        IncompatibleInputError: the last try failed (no batches, a loss that is not finite).
     """
     plan = Plan.load(folder)
     loaded = _task_of(plan, task)
@@ -156,6 +159,8 @@ def retrain(
     found = recover(
         loaded, lambda: load(folder, factory), factory(), before, steps, seed, report=report
     )
+    if found.error:
+        raise found.error
     target, kept, name = out or folder, found.model is not None, loaded.metric[0]
     text = f"{name}: {before:.4f} before, {found.metric:.4f} after {found.steps} steps"
     if found.model is not None:
@@ -164,11 +169,12 @@ def retrain(
             plan = replace(plan, measured=plan.measured | {"metric": known})
         save(found.model, target, plan)
         report.say(text)
-    elif target.resolve() == folder.resolve():
-        report.say(f"{text}, which is worse: {folder} is left as it was.")
     else:
-        save(load(folder, factory), target, plan)
-        report.say(f"{text}, which is worse: {target} holds the model as it was.")
+        held = f"{folder} is left as it was"
+        if target.resolve() != folder.resolve():
+            save(load(folder, factory), target, plan)
+            held = f"{target} holds the model as it was"
+        Reporter().say(f"{text}, which is worse: {held}.")  # no progress: said with -q, too
     metric = {"name": name, "before": before, "after": found.metric}
     return {"folder": str(target), "steps": found.steps, "metric": metric, "kept": kept}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_apply import toy_plan
-from torch import nn
+from torch import Tensor, nn
 from toy import ToyTask
 
 import blast_search as bs
@@ -35,6 +36,15 @@ class Distance(ToyTask):
 
 class Harmful(Distance):
     learning_rate = 10.0
+
+
+class Starved(Distance):
+    def train_batches(self, seed: int) -> Iterator[Tensor]:
+        return iter(())
+
+
+def starved() -> Starved:
+    return Starved()
 
 
 def distance() -> Distance:
@@ -73,10 +83,18 @@ def test_retraining_that_harms_leaves_the_folder_as_it_was(saved: Path, capsys):
     assert "is left as it was" in shown.err
     assert shown.err.count("it is not kept") == 2  # at two rates
     assert held(saved) == before
-    assert call("retrain", str(saved), *task, "--out", "other") == 0
+    assert call("retrain", str(saved), *task, "--out", "other", "-q") == 0
     assert "other holds the model as it was" in capsys.readouterr().err
     old, new = (bs.load(folder, ToyTask().model).state_dict() for folder in (saved, "other"))
     assert all(torch.equal(value, new[name]) for name, value in old.items())
+
+
+def test_retraining_that_fails_is_an_error(saved: Path, capsys):
+    before = held(saved)
+    assert call("retrain", str(saved), "--task", f"{__name__}:starved", "--out", "x") == 4
+    assert "gave no batch" in capsys.readouterr().err
+    assert held(saved) == before
+    assert not Path("x").exists()
 
 
 def test_retraining_that_helps_is_kept(saved: Path, capsys):
