@@ -237,9 +237,10 @@ def _unexpected(error: BaseException, verbose: bool) -> str:
         traceback.print_exception(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     advice = "W" if verbose else "With -v the whole traceback is shown; w"
+    notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
     return (
         f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}). "
-        f"{advice}hat was measured is on file."
+        f"{advice}hat was measured is on file.{notes}"
     )
 
 

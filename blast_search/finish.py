@@ -145,11 +145,18 @@ class Finish:
         self, decision: Decision, contenders: dict[str, Contender], steps: int
     ) -> dict[str, float]:
         """The metric of each contender after retraining; nothing where there is none."""
-        return {
-            key: self.models.retrained(key, c, self.describer.plan(decision, c), steps)
-            for key, c in contenders.items()
-            if steps
-        }
+        try:
+            return {
+                key: self.models.retrained(key, c, self.describer.plan(decision, c), steps)
+                for key, c in contenders.items()
+                if steps
+            }
+        except Exception as error:
+            error.add_note(
+                "Retraining failed; the plan before it is on file, and `blast-search apply "
+                f"{self.folder / 'plan.json'} --out DIR` builds its model."
+            )
+            raise
 
     def filled(self, decision: Decision, best: Contender) -> Contender | None:
         """A larger plan made of a uniform one that won (filling.py), where there is time."""

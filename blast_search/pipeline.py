@@ -199,6 +199,8 @@ class Pipeline:
     def measured(self) -> Engine:
         """Everything that is measured before the search: cells, probes, the dense metric."""
         p, say = self.prepared, self.report.say
+        # First: a folder from another device is refused before anything in it is changed.
+        table = LatencyTable.open(self.folder / "latency.csv", p.fingerprint)
         write_json(
             self.folder / "layers.json",
             {"layers": [asdict(layer) for layer in p.layers], "skipped": p.skipped},
@@ -208,8 +210,9 @@ class Pipeline:
             f"{p.task.name}: {len(p.layers)} Linear layers to search, {len(p.skipped)} left "
             f"alone, on {p.environment['device']} ({p.environment['dtype']})"
         )
+        if p.note:
+            say(p.note)
         since = time.monotonic()
-        table = LatencyTable.open(self.folder / "latency.csv", p.fingerprint)
         self.profiler(table).run(self.settings.profile)
         self._timed("profile", since)
         names = [w.name for w in p.workloads] if self.settings.every_workload else []

@@ -20,7 +20,12 @@ from toy import ToyTask
 
 import blast_search as bs
 from blast_search import decision
-from blast_search.errors import InfeasibleBudgetError, RunLockedError, UsageError
+from blast_search.errors import (
+    IncompatibleInputError,
+    InfeasibleBudgetError,
+    RunLockedError,
+    UsageError,
+)
 from blast_search.files import locked
 from blast_search.front import plan_at
 from blast_search.plan import LayerPlan
@@ -346,8 +351,9 @@ class Raising(ToyTask):
 def test_a_loss_that_raises_leaves_the_plan_on_file(run: bs.Run, tmp_path: Path):
     """Retraining is the first to call a task's loss, after everything was measured."""
     copy = finished_but_not_retrained(run, tmp_path)
-    with pytest.raises(RuntimeError, match="no such label"):
+    with pytest.raises(RuntimeError, match="no such label") as raised:
         bs.search(Raising(), budget=0.8, out=copy, resume=True, **OPTIONS)
+    assert f"blast-search apply {copy / 'plan.json'}" in raised.value.__notes__[0]
     plan = bs.Plan.load(copy)
     assert plan.measured["met_budget"] is True
     assert plan.measured["metric"]["compressed"] is not None
@@ -416,3 +422,15 @@ def test_a_copy_of_a_model_is_there_in_full_or_not_at_all(tmp_path: Path, monkey
     copy_folder(source, target)
     assert {p.name for p in target.iterdir()} == {"model.safetensors", "plan.json"}
     assert {p.name for p in tmp_path.iterdir()} == {"searched", "uniform"}
+
+
+def test_a_run_from_another_device_is_refused_and_left_as_it_was(
+    run: bs.Run, tmp_path: Path, monkeypatch
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder, copy)
+    before = {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()}
+    monkeypatch.setattr("blast_search.prepared.describe", lambda *_: {"device": "another"})
+    with pytest.raises(IncompatibleInputError, match="measured on device"):
+        bs.search(ToyTask(), budget=0.8, out=copy, resume=True, **OPTIONS)
+    assert {p.name: p.read_bytes() for p in copy.iterdir() if p.is_file()} == before
