@@ -12,7 +12,8 @@ from typing import NamedTuple
 from blast_search.errors import UsageError
 from blast_search.tasks._support import data_bytes
 
-PARTS = 64  # documents that a user's text file is cut into
+PARTS = 64  # documents that a user's text is cut into
+MIN_DOCUMENTS = 8  # that can be split: see split_documents
 
 
 class Splits(NamedTuple):
@@ -43,6 +44,15 @@ def read_documents(path: Path) -> list[str]:
             f"cannot read the text file {path}: {error}. Expected plain UTF-8 text; "
             "check the path after text=."
         ) from error
+    return cut_documents(text, f"the text file {path}")
+
+
+def cut_documents(text: str, what: str) -> list[str]:
+    """About 64 consecutive documents of equal size; `what` names the text in errors.
+
+    Raises:
+        UsageError: the text is too short to be split.
+    """
     units = text.splitlines(keepends=True)
     if len(units) < 2 * PARTS:  # few long lines: cut at spaces instead
         units = [word + " " for word in text.split()]
@@ -52,10 +62,10 @@ def read_documents(path: Path) -> list[str]:
         if len(documents[-1]) >= size:
             documents.append("")
         documents[-1] += unit
-    if len(documents) < 8:
+    if len(documents) < MIN_DOCUMENTS:
         raise UsageError(
-            f"the text file {path} has {len(text):,} characters, too few to be split. Expected "
-            "100,000 or more for a steady perplexity; give a longer file."
+            f"{what} has {len(text):,} characters, too few to be split. Expected 100,000 or more "
+            "for a steady perplexity; give a longer text."
         )
     return documents
 
