@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("ray", "optuna", "fvcore", "transformers", "triton", "numba", "matplotlib")
+HEAVY = ("ray", "optuna", "fvcore", "transformers", "datasets", "triton", "numba", "matplotlib")
 PLAIN = ("space", "tables", "plan", "solver", "study", "files", "errors")
 
 
