@@ -117,7 +117,7 @@ def test_importing_the_tasks_imports_no_model_library() -> None:
 
 @pytest.mark.parametrize(
     "spec", ["", "minilmm", "no.such.module:task", "json:", ":task", "json:no_such", "hf:",
-             "hf:folder?text=a&other=b"],
+             "hf:folder?text=a&other=b", "hf:folder?dataset=", "hf:folder?text=a&dataset=b"],
 )  # fmt: skip
 def test_unknown_names_are_usage_errors(spec: str) -> None:
     with pytest.raises(UsageError) as error:

@@ -23,14 +23,15 @@ SHAPES = "shapes:"  # a published architecture without its weights
 _METHODS = ("model", "workload", "calibration", "evaluate", "train_batches", "loss")
 _FORMS = (
     f"Expected one of {', '.join(BUILTIN)}, or pkg.module:function (a function that returns a "
-    "task), or hf:FOLDER?text=FILE, or shapes:NAME."
+    "task), or hf:FOLDER?text=FILE, or hf:FOLDER?dataset=NAME, or shapes:NAME."
 )
 
 
 def load_task(spec: str) -> Task:
     """The task that `spec` names: built-in, pkg.module:function, hf:FOLDER?text=FILE, shapes:NAME.
 
-    A module is looked up in the current folder first.
+    A module is looked up in the current folder first.  hf:FOLDER?dataset=NAME_OR_FOLDER takes its
+    text from a Hugging Face dataset (see HFTask), and hf:FOLDER the Wikipedia text shipped here.
 
     Raises:
         UsageError: unknown name, a function that cannot be imported, or that returns no task.
@@ -54,14 +55,16 @@ def load_task(spec: str) -> Task:
 def _load_hf(spec: str) -> Task:
     source, _, query = spec.removeprefix("hf:").partition("?")
     options = parse_qs(query, keep_blank_values=True)
-    if not source or set(options) - {"text"}:
+    if not source or set(options) - {"text", "dataset"} or [""] in options.values():
         raise UsageError(
-            f"got the task {spec!r}. Expected hf:FOLDER or hf:FOLDER?text=FILE. "
-            "Name the folder of a saved Hugging Face model and a plain text file."
+            f"got the task {spec!r}. Expected hf:FOLDER, hf:FOLDER?text=FILE or "
+            "hf:FOLDER?dataset=NAME. Name the folder of a saved Hugging Face model, and a plain "
+            "text file or a dataset."
         )
     from blast_search.tasks.hf import HFTask
 
-    return HFTask(source, options["text"][0] if "text" in options else None)
+    text, dataset = (options.get(name, [None])[0] for name in ("text", "dataset"))
+    return HFTask(source, text, dataset)
 
 
 def _call(spec: str, module_name: str, function_name: str) -> object:

@@ -1,12 +1,14 @@
 """Ready task for a Hugging Face model: a causal language model, or an encoder.
 
 Needs transformers.  Models are read from a folder, or by name from the local download cache;
-nothing is downloaded, no code from the model folder runs, and only safetensors are read.
+nothing is downloaded, no code from the model folder runs, and only safetensors are read.  A
+dataset needs datasets, and is read from a folder or from the local cache, too.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -20,6 +22,7 @@ from torch.nn import functional
 
 from blast_search.batches import to_device
 from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.tasks._dataset import read_dataset
 from blast_search.tasks._support import quiet_transformers, require
 from blast_search.tasks._text import (
     Splits,
@@ -30,6 +33,8 @@ from blast_search.tasks._text import (
 )
 
 INSTALL = "pip install transformers"
+CHARACTERS = 2_000_000  # of a dataset that are read, or
+PER_TOKEN = 16  # for each token of the shapes where that is more: rows leave ends over
 
 Batch = dict[str, Tensor]
 
@@ -51,13 +56,23 @@ class HFTask:
     Args:
         model_name_or_path: a folder written by save_pretrained, or a name in the local cache.
         text_file: UTF-8 text, split into disjoint parts for evaluation, calibration and
-            training; None takes the Wikipedia extract that ships with blast_search.
+            training; None takes the Wikipedia extract that ships with blast_search, unless there
+            is a dataset.
+        dataset: in place of a text file, text from a dataset of Hugging Face datasets, split in
+            the same way: a folder written by save_to_disk, a folder of data files, or a name (or
+            name:configuration) in the local cache.  Of several splits "train" is read (all, where
+            none has that name; name the folder of one to read that), of several columns "text"
+            (the first of strings, where none has that name).  Consecutive rows are joined into 64
+            documents from all over the dataset, of 2 million characters in all at most (or 16 for
+            each token that the shapes below ask for, where that is more).
         name: of the task in reports.
         evaluation, calibration: rows x tokens in all; training, and the workload: per batch.
 
     Raises:
-        MissingDependencyError: transformers is not installed.
-        UsageError: no such model or text, an encoder-decoder model, or too little text.
+        MissingDependencyError: transformers, or datasets for a dataset, is not installed.
+        UsageError: no such model, text or dataset, both a text and a dataset, a dataset without a
+            column of strings, an encoder-decoder model, or too little text.
+        IncompatibleInputError: a saved dataset is damaged.
     """
 
     train_steps = 40
@@ -69,6 +84,7 @@ class HFTask:
         self,
         model_name_or_path: str | Path,
         text_file: str | Path | None = None,
+        dataset: str | Path | None = None,
         *,
         name: str | None = None,
         evaluation: tuple[int, int] = (16, 512),
@@ -76,12 +92,20 @@ class HFTask:
         training: tuple[int, int] = (4, 128),
         workload: tuple[int, int] = (1, 128),
     ) -> None:
+        if text_file is not None and dataset is not None:
+            raise UsageError(
+                f"got the text file {text_file} and the dataset {dataset}. Expected one of the "
+                "two; leave out text= or dataset=."
+            )
         require("hf", INSTALL, "transformers")
         self.source = str(model_name_or_path)
         self.name = name or f"hf-{Path(self.source).name}"
         self.evaluation_shape, self.calibration_shape = Shape(*evaluation), Shape(*calibration)
         self.training_shape, self.workload_shape = Shape(*training), Shape(*workload)
-        documents = wikipedia() if text_file is None else read_documents(Path(text_file))
+        if dataset is not None:
+            documents = read_dataset(str(dataset), self._characters())
+        else:
+            documents = wikipedia() if text_file is None else read_documents(Path(text_file))
         self.splits: Splits = split_documents(documents)
         self.causal = self._is_causal()
         self.metric = ("perplexity", False) if self.causal else ("feature_distance", False)
@@ -91,6 +115,15 @@ class HFTask:
     def folder(self) -> str:
         """Where the model is: a folder, or a name in the local cache."""
         return self.source
+
+    def _characters(self) -> int:
+        """How much of a dataset is read: enough for the shapes, whose splits are parts of it."""
+        tokens = max(
+            4 * math.prod(self.evaluation_shape),
+            8 * math.prod(self.calibration_shape),
+            2 * self.train_steps * math.prod(self.training_shape),
+        )
+        return max(CHARACTERS, PER_TOKEN * tokens)
 
     def _is_causal(self) -> bool:
         config = self._config
@@ -229,7 +262,7 @@ class HFTask:
         if not rows:
             raise UsageError(
                 f"the text of task {self.name} has too few tokens for one row of {length}. "
-                "Expected 100,000 characters or more; give a longer text file."
+                "Expected 100,000 characters or more; give a longer text."
             )
         return [(head + row + tail)[:length] for row in rows]
 
