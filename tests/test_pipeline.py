@@ -20,6 +20,7 @@ from toy import ToyTask
 
 import blast_search as bs
 from blast_search import decision
+from blast_search.deadline import FOREVER, Deadline
 from blast_search.errors import (
     IncompatibleInputError,
     InfeasibleBudgetError,
@@ -330,7 +331,9 @@ def test_the_bisection_tightens_and_relaxes_in_both_directions_of_a_metric(
 
     finish = SimpleNamespace(
         prepared=SimpleNamespace(task=SimpleNamespace(metric=("m", higher)), layers=[]),
-        engine=SimpleNamespace(exact=None, true_loss=lambda *_: 0.0, note_point=lambda *_: None),
+        engine=SimpleNamespace(
+            exact=None, true_loss=lambda *_: 0.0, note_point=lambda *_: None, deadline=FOREVER
+        ),
         settings=SimpleNamespace(max_drop=0.3), pipeline=SimpleNamespace(dense_metric=1.0),
         report=SimpleNamespace(say=lambda _: None),
         models=SimpleNamespace(steps=lambda *_: 0, metric=metric, rename=lambda *_: None),
@@ -339,6 +342,10 @@ def test_the_bisection_tightens_and_relaxes_in_both_directions_of_a_metric(
     assert ratios == [0.5, 0.75, 0.625, 0.6875, 0.71875]
     assert best is not None
     assert best.ratio == 0.71875
+    ratios.clear()
+    finish.engine.deadline = Deadline(0.0)  # no time: the first plan within the drop will do
+    drop._bisect(finish, None)  # type: ignore[arg-type]
+    assert ratios == [0.5, 0.75]
     finish.settings.max_drop = 0.0
     assert drop._bisect(finish, None) is None  # type: ignore[arg-type]
 
