@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from blast_search import additivity
 from blast_search.closed_loop import CLOSE, Make, meet
-from blast_search.deadline import Deadline
 from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.last_timing import FINAL_SECONDS, Decision, final
@@ -60,7 +59,6 @@ def decide(
     trials: int,
     storage: Storage,
     seed: int,
-    deadline: Deadline,
     recovered: Callable[[Contender], float] | None = None,
 ) -> Decision:
     """The best plan within `target`, never worse in true loss than a uniform plan within it.
@@ -88,7 +86,7 @@ def decide(
         engine.note_point(f"exact {target:.2f}", exact.choices, loss)
         if not (exact.all_dense or engine.space.uniform):
             built = [c.choices for c in (exact, *baselines.values())]
-            tuned, weights = _tuned(engine, target, built, trials, storage, seed, deadline)
+            tuned, weights = _tuned(engine, target, built, trials, storage, seed)
     if weights:
         searched: Make = lambda ratio: _searched(engine, ratio, tuned, weights)  # noqa: E731
         contender = meet(engine, "searched", searched, target)
@@ -122,9 +120,9 @@ def _tuned(
     trials: int,
     storage: Storage,
     seed: int,
-    deadline: Deadline,
 ) -> tuple[Tuned | None, Mapping[str, float]]:
     """What the trials found, if there were any, and the weights of the scores that are best."""
+    deadline = engine.deadline
     with engine.panel.session(additivity.PLANS + len(FRONT_BUDGETS) + trials):
         found, weights = additivity.check(
             engine, target, built, seed, deadline.share(additivity.SHARE)

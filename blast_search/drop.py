@@ -33,9 +33,7 @@ def within_drop(finish: Finish, dense: Timing, storage: Storage) -> Decision:
     if best is None:
         nothing = Contender("dense", engine.dense, dense, 1.0, True)
         return Decision(nothing, {}, 1.0, dense, 0, True)
-    decision = decide(
-        engine, best.ratio, dense, s.trials, storage, s.seed, finish.pipeline.search_deadline
-    )
+    decision = decide(engine, best.ratio, dense, s.trials, storage, s.seed)
     if not decision.met:  # timed anew, nothing held the ratio: the bisection's plan did
         return replace(decision, winner=best, met=True, weights={})
     if decision.winner.choices != best.choices:

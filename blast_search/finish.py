@@ -82,7 +82,7 @@ class Finish:
             target = layer_target(s.budget_scope, s.budget, dense, self.share)
             self.pipeline.settle(self.engine, target)
             return decide(
-                engine, target, dense, s.trials, storage, s.seed, self.pipeline.search_deadline,
+                engine, target, dense, s.trials, storage, s.seed,
                 self.models.recovered if self.models.short_steps else None,
             )  # fmt: skip
         return within_drop(self, dense, storage)

@@ -62,9 +62,7 @@ def final(
             best = _better(engine, best, decision)
             more = round_ < LARGER and not engine.deadline.expired()
             again = larger(engine, winner, make, target) if more else None
-        elif (
-            best or round_ == FINAL_ROUNDS - 1
-        ):  # a plan tightened now would not be timed any more
+        elif best or round_ == FINAL_ROUNDS - 1:  # what is tightened now would not be timed
             break
         else:
             engine.report.detail(

@@ -175,7 +175,7 @@ class Kinds(World):
 def decided(world: Kinds, monkeypatch: pytest.MonkeyPatch, recovered: Any = None) -> Any:
     monkeypatch.setattr(decision, "_tuned", lambda *_: (None, {}))
     storage = Storage("sqlite://")
-    return decide(world, TARGET, TIMING, 0, storage, 0, FOREVER, recovered)  # type: ignore[arg-type]
+    return decide(world, TARGET, TIMING, 0, storage, 0, recovered)  # type: ignore[arg-type]
 
 
 def kind(found: Any) -> int:
