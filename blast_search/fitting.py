@@ -6,8 +6,10 @@ resumed run gets the same factors as an undisturbed one.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,13 @@ from blast_search.plan import Choices
 from blast_search.space import Candidate, LayerSpec
 from blast_search.structured import Structure, empty_layer, fit_structure
 
-CACHE_BYTES = 600 << 20
+CACHE_BYTES = 600 << 20  # of factors, at least
+# Times the layers' own bytes.  A tangent (tangent.py) wants up to seven candidates of every layer,
+# at most plans, and again those around the next plan, which are nearly the same.  In a smaller
+# cache that drops what was used longest ago, each of them pushes out one that will be wanted: with
+# 600 MiB, `smollm2` had all its 1,470 fitted anew for every plan.
+AROUND = 4
+MEMORY_SHARE = 8  # of the machine's memory, one part in so many at most
 SEARCH_SWEEPS = 10  # enough to rank candidates; final factors get factorize.SWEEPS
 
 
@@ -46,6 +54,7 @@ class Fitter:
         self._bases: dict[str, LowRankBasis] = {}
         self._cache: OrderedDict[tuple[str, Candidate, int], Factors] = OrderedDict()
         self._cached_bytes = 0
+        self._room = _room(list(self.dense.values()))
 
     def gram(self, name: str) -> Tensor | None:
         """The layer's Gram (n, n) or its diagonal (n,), where it has one."""
@@ -82,7 +91,7 @@ class Fitter:
             factors = factorize(weight, b, r, gram, sweeps, self.basis(name).to(weight.device))
         self._cache[key] = factors
         self._cached_bytes += _size(factors)
-        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+        while self._cached_bytes > self._room and len(self._cache) > 1:
             self._cached_bytes -= _size(self._cache.popitem(last=False)[1])
         return factors
 
@@ -97,6 +106,20 @@ class Fitter:
 
     def modules(self, choices: Choices, sweeps: int = SEARCH_SWEEPS) -> dict[str, nn.Module]:
         return {name: self.module(name, candidate, sweeps) for name, candidate in choices.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is cached may be several times the model: whoever gets a copy fits what it needs.
+        return vars(self) | {"_cache": OrderedDict(), "_cached_bytes": 0}
+
+
+def _room(layers: Sequence[nn.Module]) -> int:
+    """Bytes of factors to keep: what tangents ask for, as far as there is memory for it."""
+    weights = [dense_weight(layer) for layer in layers]
+    if any(w.is_cuda for w in weights):  # factors stay where the weights are
+        return CACHE_BYTES
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    wanted = AROUND * sum(4 * w.numel() for w in weights)
+    return max(CACHE_BYTES, min(wanted, memory // MEMORY_SHARE))
 
 
 def _size(factors: Factors) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 from toy import ToyTask
 
-from blast_search import cluster, panel
+from blast_search import cluster, fitting, panel
 from blast_search.calibrate import collect_grams
 from blast_search.deadline import Deadline
 from blast_search.errors import IncompatibleInputError
@@ -85,6 +86,26 @@ def test_the_dense_model_is_back_after_judging_and_partial_choices_leave_the_res
         assert all(loss > 0 for loss in some.losses(question))
     assert torch.equal(some.model(some.batches[0]), before)
     assert some.losses(Question({}, (0, 1))) == [0.0, 0.0]
+
+
+def test_factors_are_kept_within_bounds_and_not_passed_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fitting, "CACHE_BYTES", 1 << 18)
+    names = [ly.name for ly in judge().layers]
+    weights = sum(4 * ly.in_features * ly.out_features for ly in judge().layers)
+    rooms = []
+    for part in (8, 1 << 60):  # of the machine's memory: enough, and nothing
+        monkeypatch.setattr(fitting, "MEMORY_SHARE", part)
+        fitter = judge().fitter
+        rooms.append(fitter._room)
+        kept = [fitter.factors(n, Candidate(2, r)) for n in names for r in (8, 16, 24, 32)]
+        held = sum(fitting._size(factors) for factors in fitter._cache.values())
+        assert held == fitter._cached_bytes <= fitter._room
+        assert len(fitter._cache) < len(kept) or part == 8
+        assert fitter.factors(names[-1], Candidate(2, 32)) is kept[-1]
+        copy = pickle.loads(pickle.dumps(fitter))
+        assert not copy._cache
+        assert torch.equal(copy.factors(names[0], Candidate(2, 8)).U, kept[0].U)
+    assert rooms == [fitting.AROUND * weights, 1 << 18]
 
 
 def test_a_passed_deadline_begins_nothing():
