@@ -26,6 +26,7 @@ from blast_search.space import DENSE
 if TYPE_CHECKING:
     from blast_search.pipeline import Pipeline
 
+DENSE_KEY = "dense"  # the dense model among the contenders, where the budget allows it
 LITTLE = 0.05  # what the trials take off the true loss: less than this is called little
 
 
@@ -50,7 +51,9 @@ class Describer:
         p, s, engine = self.pipeline.prepared, self.pipeline.settings, self.engine
         metrics, after = metrics or {}, after or {}
         chosen = contender or decision.winner
-        key = next((k for k, c in decision.baselines.items() if c is chosen), "searched")
+        # What is neither the winner nor a baseline is the dense model, which the budget allows.
+        other = "searched" if chosen is decision.winner else DENSE_KEY
+        key = next((k for k, c in decision.baselines.items() if c is chosen), other)
         dense = decision.dense
         span = dense.dense_ms - dense.fixed_ms
         ratio = engine.latency.total(chosen.choices, 1.0)
@@ -164,6 +167,12 @@ class Describer:
         self, chosen: Contender, metrics: Mapping[str, float], after: Mapping[str, float]
     ) -> str:
         """Where the plan came from, in one plain sentence."""
+        if DENSE_KEY in metrics and chosen.all_dense:
+            return (
+                "Keep this model dense: the budget allows it, and no plan has a better "
+                f"{self.pipeline.prepared.task.metric[0]}. A smaller --budget, or --max-drop "
+                "alone, asks for a faster model."
+            )
         if chosen.all_dense:
             return "Keep this model dense: no plan within the budgets is faster on this device."
         when, values = ("after", after) if after else ("before", metrics)

@@ -13,7 +13,7 @@ from torch import nn
 
 from blast_search.closed_loop import TIMING_SECONDS
 from blast_search.decision import decide, infeasible, layer_target
-from blast_search.describe import Describer, write_front
+from blast_search.describe import DENSE_KEY, Describer, write_front
 from blast_search.drop import within_drop
 from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
@@ -28,6 +28,7 @@ from blast_search.last_timing import FINAL_SECONDS, Decision
 from blast_search.model_latency import Timing
 from blast_search.models import Models
 from blast_search.plan import CHOSEN, FrontPoint, Plan
+from blast_search.solver import TOLERANCE
 from blast_search.space import DENSE
 from blast_search.study import Storage
 
@@ -125,14 +126,19 @@ class Finish:
             metrics[FILLED] = self.models.metric(larger)
             after |= self.after(decision, {FILLED: larger}, steps)
             key = self.best(contenders, after or metrics)
+        values = dict(after or metrics)
+        if self.allows_dense(decision, values[key]):
+            key, metrics[DENSE_KEY] = DENSE_KEY, self.pipeline.dense_metric
+            values[key] = metrics[key]
+            contenders[key] = Contender(key, engine.dense, decision.dense, 1.0, True)
         if key != "searched":
             best = contenders[key].choices
             engine.note_point(CHOSEN, best, engine.true_loss(CHOSEN, best))
             points = engine.settled_points(winner, list(decision.baselines.values()))
         self.pipeline.seconds["retrain"] = round(time.monotonic() - since, 1)
-        error = self.drop_error((after or metrics)[key])
+        error = self.drop_error(values[key])
         plan = self.describer.plan(decision, contenders[key], metrics, after, error is None)
-        model = self.models.keep(key, contenders[key], plan, bool(steps))
+        model = self.models.keep(key, contenders[key], plan, bool(steps) and key != DENSE_KEY)
         for name, contender in contenders.items():
             self.describer.plan(decision, contender, metrics, after).save(
                 self.folder / "plans" / f"{name.replace('_', '-')}.json"
@@ -173,6 +179,12 @@ class Finish:
         sign = 1 if self.prepared.task.metric[1] else -1
         feasible = [key for key, c in contenders.items() if c.feasible or key == "searched"]
         return max(feasible, key=lambda key: (sign * values[key], key == "searched"))
+
+    def allows_dense(self, decision: Decision, value: float) -> bool:
+        """Whether the dense model is within the budget, too, and has a better metric."""
+        dense = self.pipeline.dense_metric
+        within = self.settings.budget is not None and decision.target >= 1 - TOLERANCE
+        return within and worse_by(self.prepared.task, value, dense) > 0
 
     def drop_error(self, value: float) -> InfeasibleBudgetError | None:
         """The error for a metric that fell by more than --max-drop."""

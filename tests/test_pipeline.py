@@ -163,6 +163,21 @@ def test_max_drop_that_cannot_be_kept_is_exit_three(tmp_path: Path, monkeypatch)
     assert bs.Plan.load(tmp_path / "r").measured["met_budget"] is False
 
 
+def test_a_budget_of_one_allows_the_dense_model(tmp_path: Path):
+    """No plan agrees with the dense model more than it does itself."""
+    options = OPTIONS | {"trials": 0}
+    found = bs.search(ToyTask(), budget=1.0, max_drop=0.0, out=tmp_path / "run", **options)
+    assert all(c.is_dense for c in found.plan.choices.values())
+    assert found.plan.measured["metric"]["compressed"] == found.plan.measured["metric"]["dense"]
+    assert found.plan.measured["met_budget"] is True
+    assert "the budget allows it" in found.plan.search["verdict"]
+    assert bs.Plan.load(found.folder / "model").choices == found.plan.choices
+    smaller = bs.Plan.load(found.folder / "plans" / "searched.json")
+    assert not all(c.is_dense for c in smaller.choices.values())  # it is there for who wants it
+    text = (found.folder / "report.md").read_text()
+    assert "Keep this model dense: the budget allows it" in text
+
+
 def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
     run = bs.search(ToyTask(), max_drop=1.0, out=tmp_path / "r", **OPTIONS)
     assert run.plan.measured["latency_ratio_layers"] < 1
