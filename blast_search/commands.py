@@ -69,13 +69,17 @@ def search(
 
 
 def _stored(resume: Path, names: set[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the run to resume; options given on the command line must agree."""
+    """The settings of the run to resume; options given on the command line must agree.
+
+    But for --storage: it may have moved, and its password is not on file.
+    """
     file = resume / "config.yaml"
     if not file.is_file():
         raise UsageError(f"{resume} holds no run to resume (no config.yaml). Check the path.")
     stored = read_yaml_mapping(file)
     if odd := set(stored) ^ names:
         raise IncompatibleInputError(f"{file}: missing or unknown keys {sorted(odd)}.")
+    stored |= {k: given[k] for k in ("storage",) if k in given}
     changed = [k for k in stored if k in given and given[k] != stored[k]]
     if changed:
         raise UsageError(

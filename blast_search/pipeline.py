@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from blast_search import study
 from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
 from blast_search.deadline import FOREVER, Deadline
@@ -132,30 +133,39 @@ def opened(
         with locked(folder):
             pass
     if not resume:
+        if settings.storage:
+            study.check(settings.storage)
         prepared = prepare(loaded, settings, chosen)
-    stored = start_folder(folder, resume, asdict(settings))
+    kept = replace(settings, storage=study.without_password(settings.storage))
+    stored = start_folder(folder, resume, asdict(kept))
     with locked(folder):
         if resume:
             settings = _continued(folder, settings, type(settings)(**stored))
+            if settings.storage:
+                study.check(settings.storage)
             prepared = prepare(loaded, settings, chosen)
         yield Pipeline(folder, settings, prepared, workers, ray_address, report, began)
 
 
 def _continued(folder: Path, asked: Settings, stored: Settings) -> Settings:
-    """The settings of the run to resume; what is asked for beside defaults must agree."""
+    """The settings of the run to resume; what is asked for beside defaults must agree.
+
+    But for the storage: it may have moved, and its password is not on file.
+    """
     stored.check()
     default = type(asked)()
     changed = [
         f.name
         for f in fields(asked)
-        if getattr(asked, f.name) not in (getattr(default, f.name), getattr(stored, f.name))
+        if f.name != "storage"
+        and getattr(asked, f.name) not in (getattr(default, f.name), getattr(stored, f.name))
     ]
     if changed:
         raise UsageError(
             f"{folder} is continued as it was started; {', '.join(changed)} cannot change. Leave "
             "them out, or start a new run."
         )
-    return stored
+    return replace(stored, storage=asked.storage or stored.storage)
 
 
 class Pipeline:

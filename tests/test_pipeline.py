@@ -19,9 +19,10 @@ from torch import nn
 from toy import ToyTask
 
 import blast_search as bs
-from blast_search import decision
+from blast_search import decision, pipeline
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.errors import (
+    BlastSearchError,
     IncompatibleInputError,
     InfeasibleBudgetError,
     RunLockedError,
@@ -140,6 +141,30 @@ def test_a_run_is_continued_as_it_was_started(run: bs.Run):
         bs.search(ToyTask(), budget=0.5, seed=3, out=run.folder, resume=True, **OPTIONS)
     with pytest.raises(UsageError, match="already holds a run"):
         bs.search(ToyTask(), budget=0.8, out=run.folder, **OPTIONS)
+
+
+def test_a_run_folder_keeps_no_password(tmp_path: Path, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(pipeline.study, "check", asked.append)
+    secret, public = "postgresql://me:s3cret@host/db", "postgresql://me@host/db"
+
+    def opened(storage: str | None, resume: bool) -> str | None:
+        settings = Settings(task="toy", budget=0.5, storage=storage)
+        run = tmp_path / "run", resume, "local", None, SILENT
+        with pipeline.opened(settings, ToyTask(), SPACE, *run) as found:
+            return found.settings.storage
+
+    assert opened(secret, False) == secret
+    assert "s3cret" not in (tmp_path / "run" / "config.yaml").read_text()
+    assert opened(None, True) == public
+    assert opened(secret, True) == secret
+    assert asked == [secret, public, secret]
+
+
+def test_a_wrong_storage_is_refused_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(BlastSearchError, match="--storage: the database nonsense cannot be used"):
+        bs.search(ToyTask(), budget=0.5, storage="nonsense", out=tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_infeasible_budget_writes_the_nearest_plan(tmp_path: Path):

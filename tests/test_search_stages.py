@@ -272,6 +272,30 @@ def test_a_database_that_cannot_be_used_is_one_plain_line():
     for url in ("nonsense", "sqlite:////nowhere/at/all/study.db"):
         with pytest.raises(BlastSearchError, match=r"--storage: the database .* cannot be used"):
             study.Study(["x"], study.Storage(url), 0)
+        with pytest.raises(BlastSearchError, match="with --resume, give --storage again"):
+            study.check(url)
+
+
+def test_a_database_is_opened_and_closed_before_anything_is_measured(tmp_path: Path):
+    study.check(url := f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.Study(["x"], study.Storage(url), 0).sync() == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "kept"),
+    [
+        ("postgresql+psycopg2://me:s3cret@host:5432/db", "postgresql+psycopg2://me@host:5432/db"),
+        ("postgresql://me:s3%40cret@host/db?sslmode=require",
+         "postgresql://me@host/db?sslmode=require"),
+        ("postgresql://host/db?user=me&password=s3cret", "postgresql://host/db?user=me"),
+        ("mysql+pymysql://me@host/db", "mysql+pymysql://me@host/db"),
+        ("sqlite:////a b/study.db", "sqlite:////a b/study.db"),
+        ("nonsense", "nonsense"),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_a_url_is_kept_without_its_password(url: str | None, kept: str | None):
+    assert study.without_password(url) == kept
 
 
 def test_hopeless_trials_are_given_up(tmp_path: Path):
