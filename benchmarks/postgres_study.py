@@ -92,7 +92,8 @@ def _wait(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 def work(url: str, name: str, trials: int, seconds: float) -> None:
     """One worker: trials until the study has `trials`; an evaluation takes `seconds`."""
-    from blast_search.study import Outcome, Storage, Study
+    from blast_search.storage import Storage
+    from blast_search.study import Outcome, Study
 
     study = Study(PARAMETERS, Storage(url, "shared", name), seed=0)
     spent, own = 0.0, 0

@@ -24,7 +24,7 @@ from blast_search.engine import Engine
 from blast_search.pipeline import opened
 from blast_search.progress import Reporter
 from blast_search.settings import Settings
-from blast_search.study import Storage
+from blast_search.storage import Storage
 from blast_search.trials import Trials
 
 FOLDER = Path(__file__).resolve().parent.parent / "results" / "trials"

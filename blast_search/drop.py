@@ -12,7 +12,7 @@ from blast_search.evaluate import worse_by
 from blast_search.last_timing import Decision
 from blast_search.model_latency import Timing
 from blast_search.plan import LayerPlan, Plan
-from blast_search.study import Storage
+from blast_search.storage import Storage
 
 if TYPE_CHECKING:
     from blast_search.finish import Finish

@@ -30,7 +30,7 @@ from blast_search.models import Models
 from blast_search.plan import CHOSEN, FrontPoint, Plan
 from blast_search.solver import TOLERANCE
 from blast_search.space import DENSE
-from blast_search.study import Storage
+from blast_search.storage import Storage
 
 if TYPE_CHECKING:
     from blast_search.pipeline import Pipeline

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from blast_search import study
 from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
 from blast_search.deadline import FOREVER, Deadline
@@ -37,6 +36,7 @@ from blast_search.runfolder import RunFolder, start_folder
 from blast_search.sensitivity import ProbeTable, estimate_scores
 from blast_search.settings import Settings
 from blast_search.space import SearchSpace, load_space
+from blast_search.storage import check_database, without_password
 from blast_search.tables import LatencyTable, ScoreTable
 from blast_search.workers import resolve
 
@@ -134,15 +134,15 @@ def opened(
             pass
     if not resume:
         if settings.storage:
-            study.check(settings.storage)
+            check_database(settings.storage)
         prepared = prepare(loaded, settings, chosen)
-    kept = replace(settings, storage=study.without_password(settings.storage))
+    kept = replace(settings, storage=without_password(settings.storage))
     stored = start_folder(folder, resume, asdict(kept))
     with locked(folder):
         if resume:
             settings = _continued(folder, settings, type(settings)(**stored))
             if settings.storage:
-                study.check(settings.storage)
+                check_database(settings.storage)
             prepared = prepare(loaded, settings, chosen)
         yield Pipeline(folder, settings, prepared, workers, ray_address, report, began)
 

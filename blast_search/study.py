@@ -16,36 +16,21 @@ over what the others have finished before it samples its next trial.
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from blast_search.errors import BlastSearchError, MissingDependencyError
 from blast_search.space import LayerSpec
+from blast_search.storage import Storage, open_study
 
 RANDOM = 4  # trials before the sampler learns: there are few in all
-OPENINGS = 4  # attempts to open a database
-SECRET = ("password", "passwd", "passfile", "sslpassword")  # in the query of a URL
 RANGE = 1.5  # log2: a factor of up to 2.8 either way
 MAX_TYPES = 8
 DEPTH_BINS = 3
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Where a study lives: an Optuna storage URL, the study's name in it, and who works on it.
-
-    `worker` is "" where nobody else does.
-    """
-
-    url: str
-    study: str = "blast-search"
-    worker: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,7 +101,7 @@ class Study:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.parameters, self.worker, self.seed = list(parameters), storage.worker, seed
         self.trials: list[Any] = []  # all finished ones (optuna.trial.FrozenTrial), oldest first
-        self._stored = _open(storage)
+        self._stored = open_study(storage)
         self._seen: set[Any] = set()
         self._memory: Any = None  # see _history
         # Storing takes longer than sampling (one query per parameter and more), so it happens
@@ -214,74 +199,6 @@ class Study:
         self._writes.append(self._writer.submit(self._stored.add_trial, frozen))
         self.trials.append(frozen)
         self._seen.add(f"{self.worker}#{asked.number}")
-
-
-def check(url: str) -> None:
-    """Open a database and close it again, before anything is measured that would go there.
-
-    Raises:
-        MissingDependencyError: the database's driver is not installed.
-        BlastSearchError: the database cannot be used.
-    """
-    import optuna
-
-    _opened(url, lambda: optuna.storages.RDBStorage(url).engine.dispose())
-
-
-def without_password(url: str | None) -> str | None:
-    """A storage URL as a run folder may keep it, which is passed on with all that is in it."""
-    if url is None:
-        return None
-    from sqlalchemy.engine import URL, make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        u = make_url(url)
-    except ArgumentError:  # `check` has the words for it
-        return url
-    query = {key: value for key, value in u.query.items() if key not in SECRET}
-    if u.password is None and query == dict(u.query):
-        return url
-    public = URL.create(u.drivername, u.username, None, u.host, u.port, u.database, query)
-    return public.render_as_string()
-
-
-def _open(storage: Storage) -> Any:
-    """The stored study, created where there is none; raises what `check` does."""
-    import optuna
-
-    return _opened(
-        storage.url,
-        lambda: optuna.create_study(
-            study_name=storage.study, storage=storage.url, directions=["minimize"] * 2,
-            load_if_exists=True,
-        ),
-    )  # fmt: skip
-
-
-def _opened(url: str, opening: Callable[[], Any]) -> Any:
-    from sqlalchemy.exc import SQLAlchemyError
-
-    for attempt in range(OPENINGS):
-        try:
-            return opening()
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"the driver of --storage is not installed ({error}): for PostgreSQL, "
-                "pip install 'blast-search[cluster]'."
-            ) from error
-        except (SQLAlchemyError, ValueError) as error:
-            # Runs that open an empty database together race for the creation of its tables.
-            if isinstance(error, ValueError) or attempt + 1 == OPENINGS:
-                where = url.rpartition("@")[2]  # without user and password
-                raise BlastSearchError(
-                    f"--storage: the database {where} cannot be used "
-                    f"({' '.join(str(error).split())[:200]}). Expected a URL like "
-                    "postgresql+psycopg2://user@host/database, and a server that answers. A run "
-                    "folder keeps no password: with --resume, give --storage again."
-                ) from error
-            time.sleep(0.3 * (attempt + 1))
-    raise AssertionError("the loop returns or raises")
 
 
 def worker_of(trial: Any) -> str:

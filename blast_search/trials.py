@@ -26,6 +26,7 @@ from blast_search.plan import Choices
 from blast_search.runfolder import digest
 from blast_search.solver import GAP, TOLERANCE
 from blast_search.space import Candidate, ties_of
+from blast_search.storage import Storage
 from blast_search.tangent import Tangent
 
 # Of all trials; the others are steps, which bring more than either (results/trials).
@@ -81,7 +82,7 @@ def evaluate_front(
 class Trials:
     """Trials of one run at one target."""
 
-    def __init__(self, engine: Engine, target: float, storage: study.Storage, seed: int) -> None:
+    def __init__(self, engine: Engine, target: float, storage: Storage, seed: int) -> None:
         self.engine, self.ratio, self.target = engine, engine.aim * target, target
         self.groups = study.parameter_groups(engine.layers)
         parameters = sorted({g for names in self.groups.values() for g in names})

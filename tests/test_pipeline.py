@@ -145,7 +145,7 @@ def test_a_run_is_continued_as_it_was_started(run: bs.Run):
 
 def test_a_run_folder_keeps_no_password(tmp_path: Path, monkeypatch):
     asked: list[str] = []
-    monkeypatch.setattr(pipeline.study, "check", asked.append)
+    monkeypatch.setattr(pipeline, "check_database", asked.append)
     secret, public = "postgresql://me:s3cret@host/db", "postgresql://me@host/db"
 
     def opened(storage: str | None, resume: bool) -> str | None:

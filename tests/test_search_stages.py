@@ -21,6 +21,7 @@ from blast_search.hull import grouped
 from blast_search.model_latency import Timing
 from blast_search.moves import moves
 from blast_search.space import Call, Candidate, LayerSpec
+from blast_search.storage import Storage, check_database, without_password
 from blast_search.trials import Trials
 
 TARGET = 0.4
@@ -108,7 +109,7 @@ def test_moves_change_tied_layers_together():
 
 
 def run_trials(world: Landscape, path: Path, count: int, start: dict[str, float] | None = None):
-    storage = study.Storage(f"sqlite:///{path}")
+    storage = Storage(f"sqlite:///{path}")
     trials = Trials(world, TARGET, storage, 0)  # type: ignore[arg-type]
     return trials, trials.run(count, start or {}, FOREVER)
 
@@ -200,7 +201,7 @@ def test_trials_that_were_stopped_anywhere_go_on_as_if_they_had_not_been(
     tmp_path: Path, kept: int, whole: list[Any]
 ):
     """A study that holds the first `kept` trials, among them half batches, is continued."""
-    part = study.Storage(f"sqlite:///{tmp_path}/part.db")
+    part = Storage(f"sqlite:///{tmp_path}/part.db")
     study.Study([], part, 0)._stored.add_trials(whole[:kept])
     resumed, _ = run_trials(Landscape(2), tmp_path / "part.db", 12)
     assert [t.params for t in resumed.study.trials] == [t.params for t in whole]
@@ -217,7 +218,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 def test_trials_of_a_batch_differ_and_see_nothing_of_each_other(tmp_path: Path):
     one, two = (
-        study.Study(["x", "y"], study.Storage(f"sqlite:///{tmp_path / name}.db"), 7)
+        study.Study(["x", "y"], Storage(f"sqlite:///{tmp_path / name}.db"), 7)
         for name in ("one", "two")
     )
     for first in range(0, 12, 4):
@@ -234,7 +235,7 @@ def test_trials_of_a_batch_differ_and_see_nothing_of_each_other(tmp_path: Path):
 
 def test_workers_take_over_each_others_trials_and_do_not_repeat_them(tmp_path: Path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
-    one, two = (study.Study(["x", "y"], study.Storage(url, "s", w), 0) for w in ("one", "two"))
+    one, two = (study.Study(["x", "y"], Storage(url, "s", w), 0) for w in ("one", "two"))
 
     def run(worker: study.Study, starts: Sequence[Mapping[str, float]] = ()) -> None:
         done = len(worker.trials)
@@ -254,14 +255,14 @@ def test_workers_take_over_each_others_trials_and_do_not_repeat_them(tmp_path: P
 
 def test_a_run_alone_on_a_database_works_in_batches_and_goes_on_anywhere(tmp_path: Path):
     def run(file: str, count: int, worker: str = "me") -> list[Any]:
-        storage = study.Storage(f"sqlite:///{tmp_path / file}", "s", worker)
+        storage = Storage(f"sqlite:///{tmp_path / file}", "s", worker)
         trials = Trials(Landscape(2), TARGET, storage, 0)  # type: ignore[arg-type]
         trials.run(count, {}, FOREVER)
         return trials.study.trials
 
     whole = run("whole.db", 12)
     assert [t.user_attrs["batch"] for t in whole[2:6]] == [[2, 4]] * 4
-    storage = study.Storage(f"sqlite:///{tmp_path / 'part.db'}", "s-0.390", "me")
+    storage = Storage(f"sqlite:///{tmp_path / 'part.db'}", "s-0.390", "me")
     study.Study([], storage, 0)._stored.add_trials(whole[:4])
     assert [t.params for t in run("part.db", 12)] == [t.params for t in whole]
     run("part.db", 14, "another")
@@ -271,14 +272,14 @@ def test_a_run_alone_on_a_database_works_in_batches_and_goes_on_anywhere(tmp_pat
 def test_a_database_that_cannot_be_used_is_one_plain_line():
     for url in ("nonsense", "sqlite:////nowhere/at/all/study.db"):
         with pytest.raises(BlastSearchError, match=r"--storage: the database .* cannot be used"):
-            study.Study(["x"], study.Storage(url), 0)
+            study.Study(["x"], Storage(url), 0)
         with pytest.raises(BlastSearchError, match="with --resume, give --storage again"):
-            study.check(url)
+            check_database(url)
 
 
 def test_a_database_is_opened_and_closed_before_anything_is_measured(tmp_path: Path):
-    study.check(url := f"sqlite:///{tmp_path / 'study.db'}")
-    assert study.Study(["x"], study.Storage(url), 0).sync() == 0
+    check_database(url := f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.Study(["x"], Storage(url), 0).sync() == 0
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def test_a_database_is_opened_and_closed_before_anything_is_measured(tmp_path: P
     ],
 )  # fmt: skip
 def test_a_url_is_kept_without_its_password(url: str | None, kept: str | None):
-    assert study.without_password(url) == kept
+    assert without_password(url) == kept
 
 
 def test_hopeless_trials_are_given_up(tmp_path: Path):

@@ -1,0 +1,93 @@
+"""The database that Optuna's studies live in, as --storage names it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from blast_search.errors import BlastSearchError, MissingDependencyError
+
+OPENINGS = 4  # attempts to open a database
+SECRET = ("password", "passwd", "passfile", "sslpassword")  # in the query of a URL
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where a study lives: an Optuna storage URL, the study's name in it, and who works on it.
+
+    `worker` is "" where nobody else does.
+    """
+
+    url: str
+    study: str = "blast-search"
+    worker: str = ""
+
+
+def check_database(url: str) -> None:
+    """Open a database and close it again, before anything is measured that would go there.
+
+    Raises:
+        MissingDependencyError: the database's driver is not installed.
+        BlastSearchError: the database cannot be used.
+    """
+    import optuna
+
+    _opened(url, lambda: optuna.storages.RDBStorage(url).engine.dispose())
+
+
+def without_password(url: str | None) -> str | None:
+    """A storage URL as a run folder may keep it, which is passed on with all that is in it."""
+    if url is None:
+        return None
+    from sqlalchemy.engine import URL, make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        u = make_url(url)
+    except ArgumentError:  # `check_database` has the words for it
+        return url
+    query = {key: value for key, value in u.query.items() if key not in SECRET}
+    if u.password is None and query == dict(u.query):
+        return url
+    public = URL.create(u.drivername, u.username, None, u.host, u.port, u.database, query)
+    return public.render_as_string()
+
+
+def open_study(storage: Storage) -> Any:
+    """The stored study, created where there is none; raises what `check_database` does."""
+    import optuna
+
+    return _opened(
+        storage.url,
+        lambda: optuna.create_study(
+            study_name=storage.study, storage=storage.url, directions=["minimize"] * 2,
+            load_if_exists=True,
+        ),
+    )  # fmt: skip
+
+
+def _opened(url: str, opening: Callable[[], Any]) -> Any:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for attempt in range(OPENINGS):
+        try:
+            return opening()
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"the driver of --storage is not installed ({error}): for PostgreSQL, "
+                "pip install 'blast-search[cluster]'."
+            ) from error
+        except (SQLAlchemyError, ValueError) as error:
+            # Runs that open an empty database together race for the creation of its tables.
+            if isinstance(error, ValueError) or attempt + 1 == OPENINGS:
+                where = url.rpartition("@")[2]  # without user and password
+                raise BlastSearchError(
+                    f"--storage: the database {where} cannot be used "
+                    f"({' '.join(str(error).split())[:200]}). Expected a URL like "
+                    "postgresql+psycopg2://user@host/database, and a server that answers. A run "
+                    "folder keeps no password: with --resume, give --storage again."
+                ) from error
+            time.sleep(0.3 * (attempt + 1))
+    raise AssertionError("the loop returns or raises")
