@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from statistics import median
 
 from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
+from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
 
@@ -30,19 +31,56 @@ def meet(
         The slowest plan within the target (the best use of the budget), else the fastest
         one measured, with feasible=False; None if nothing could be solved for.
     """
-    with engine.report.stage(f"build and time {name}", ROUNDS) as advance:
-        return _meet(engine, make, name, target, aim or engine.aim, advance)
+    return meet_together(engine, {name: make}, target, aim)[name]
 
 
-def _meet(
-    engine: Engine, make: Make, name: str, target: float, aim: float, advance: Callable[[], None]
-) -> Contender | None:
+def meet_together(
+    engine: Engine, makes: Mapping[str, Make], target: float, aim: float | None = None
+) -> dict[str, Contender | None]:
+    """`meet` for several kinds of plans at once, timed side by side.
+
+    Dense, which takes longest, is timed once for all of them.  Each kind has a correction of its
+    own; the latency model is left with the last one's.
+    """
+    loops = {name: _rounds(engine, make, name, target, aim) for name, make in makes.items()}
+    corrections = dict.fromkeys(makes, engine.latency.correction)
+    asked: dict[str, tuple[Choices, float]] = {}
+    found: dict[str, Contender | None] = {}
+
+    def resume(name: str, timing: Timing | None) -> None:
+        engine.latency.correction = corrections[name]
+        try:
+            asked[name] = loops[name].send(timing)
+        except StopIteration as end:
+            found[name] = end.value
+            asked.pop(name, None)
+        corrections[name] = engine.latency.correction
+
+    what = f"{len(makes)} kinds of plans" if len(makes) > 1 else next(iter(makes))
+    with engine.report.stage(f"build and time {what}", ROUNDS) as advance:
+        for name in makes:
+            resume(name, None)
+        while asked:
+            plans = {name: choices for name, (choices, _) in asked.items()}
+            # As many rounds as one plan alone would get: it takes a third of each, with dense.
+            seconds = max(s for _, s in asked.values()) * (2 + len(plans)) / 3
+            timings = engine.time(", ".join(plans), plans, seconds)
+            for name, timing in zip(plans, timings, strict=True):
+                resume(name, timing)
+            advance()
+    return found
+
+
+def _rounds(
+    engine: Engine, make: Make, name: str, target: float, aim: float | None
+) -> Generator[tuple[Choices, float], Timing | None, Contender | None]:
+    """One kind's loop: yields a plan and for how many seconds to time it, is sent the timing."""
+    aim = aim or engine.aim
     tried: dict[str, Contender] = {}
     factors: list[float] = []  # the correction that each timed plan asks for
     for _ in range(ROUNDS):
         if engine.deadline.expired() and any(c.feasible for c in tried.values()):
             break
-        advance()
         try:
             choices = make(aim * target)
         except InfeasibleBudgetError:
@@ -51,12 +89,14 @@ def _meet(
         assert predicted is not None
         if digest(choices) in tried:  # timed already: no new evidence would come
             break
-        (timing,) = engine.time(name, {name: choices}, TIMING_SECONDS)
+        timing = yield choices, TIMING_SECONDS
+        assert timing
         measured = engine.measured_ratio(choices, timing)
         doubtful = engine.by_time and abs(measured / predicted - 1) > DOUBT
         if doubtful and not engine.deadline.expired():
             # Other load for seconds was seen to move a ratio from 0.22 to 0.29.
-            (timing,) = engine.time(name, {name: choices}, 2 * TIMING_SECONDS)
+            timing = yield choices, 2 * TIMING_SECONDS
+            assert timing
             measured = engine.measured_ratio(choices, timing)
         engine.rounds.append(
             {"plan": name, "predicted_ratio": predicted, "measured_ratio": measured}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blast_search.closed_loop import CLOSE, TIMING_SECONDS, Make, meet
+from blast_search.decision import first_plans
 from blast_search.engine import AIM, Contender, Engine
 from blast_search.last_timing import FINAL_ROUNDS, FINAL_SECONDS, Decision, larger
 from blast_search.plan import Choices
@@ -111,8 +112,7 @@ def level(engine: Engine, entries: Mapping[str, Entry], target: float) -> dict[s
 
 def _exact(engine: Engine, target: float) -> Entry:
     """The exact plan as `decide` found it: the same steps, so its timings are on file."""
-    engine.latency.correction = 1.0
-    contender = meet(engine, "exact", engine.exact, target)
+    contender = first_plans(engine, target)["exact"]
     if contender is None:
         contender = timed_plan(engine, "fastest", engine.fastest(), target)
     return solved(engine, contender, engine.exact, target)

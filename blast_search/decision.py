@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from blast_search import additivity
-from blast_search.closed_loop import CLOSE, Make, meet
+from blast_search.closed_loop import CLOSE, Make, meet, meet_together
 from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.last_timing import FINAL_SECONDS, Decision, final
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
-from blast_search.study import Storage
+from blast_search.storage import Storage
 from blast_search.trials import FRONT_BUDGETS, Trials, Tuned, evaluate_front
 
 FRONT_SHARE = 0.25  # of the time that is left to the search
@@ -67,9 +67,10 @@ def decide(
         recovered: how far a plan stays behind dense after a short retraining; it decides between
             the exact plan and the searched one where their true losses are close.
     """
-    uniforms = uniform_contenders(engine, target)
+    first = first_plans(engine, target)
+    uniforms = uniform_contenders(engine, target, first)
     baselines = {key: contender for key, (contender, _) in uniforms.items()}
-    exact = meet(engine, "exact", engine.exact, target)
+    exact = first["exact"]
     make: Make = engine.exact
     if exact is None or not exact.feasible:
         exact, make = _fastest(engine, exact, target)
@@ -204,20 +205,38 @@ def _searched(
     return larger if reached and predicted < CLOSE * reached else tuned.choices
 
 
-def uniform_contenders(engine: Engine, target: float) -> dict[str, tuple[Contender, Make]]:
-    """The best uniform low-rank and the best uniform BLAST plan (b > 1) within the target.
+def first_plans(engine: Engine, target: float) -> dict[str, Contender | None]:
+    """The best uniform plans and the exact plan within the target, by name; None: no such plan.
 
-    Each with what makes its kind's plans at other ratios.
+    The latency model is left with the exact plan's correction.
     """
-    blocks = [b for b in engine.space.num_blocks if b > 1]
-    kinds: dict[str, tuple[str, Make]] = {
+    engine.latency.correction = 1.0
+    makes = {name: make for name, make in uniform_kinds(engine).values()}
+    return meet_together(engine, makes | {"exact": engine.exact}, target)
+
+
+def uniform_kinds(engine: Engine) -> dict[str, tuple[str, Make]]:
+    """Uniform low rank and uniform BLAST (b > 1): key among the baselines -> name, maker."""
+    blocks = _blocks(engine)
+    return {
         "uniform_low_rank": ("uniform low rank", lambda r: engine.largest_uniform(1, r)),
         "uniform_blast": ("uniform BLAST", lambda r: engine.best_uniform(r, blocks)),
     }
+
+
+def _blocks(engine: Engine) -> list[int]:
+    return [b for b in engine.space.num_blocks if b > 1]
+
+
+def uniform_contenders(
+    engine: Engine, target: float, met: Mapping[str, Contender | None]
+) -> dict[str, tuple[Contender, Make]]:
+    """The uniform plans among `first_plans`, each with what makes its kind at other ratios."""
     found: dict[str, tuple[Contender, Make]] = {}
-    for key, (name, make) in kinds.items():
-        contender = meet(engine, name, make, target)
-        if contender is None and key == "uniform_blast" and blocks:
+    correction = engine.latency.correction
+    for key, (name, make) in uniform_kinds(engine).items():
+        contender = met[name]
+        if contender is None and key == "uniform_blast" and (blocks := _blocks(engine)):
             # None is fast enough on this device: the fastest one is shown, over the budget.
             choices = engine.fastest_uniform(blocks)
             contender = meet(engine, name, lambda _, c=choices: c, target) if choices else None  # type: ignore[misc]
@@ -226,7 +245,7 @@ def uniform_contenders(engine: Engine, target: float) -> dict[str, tuple[Contend
             loss = engine.true_loss(name, contender.choices)
             blocks_used = max(c.num_blocks for c in contender.choices.values())
             engine.note_point(f"uniform b{blocks_used}", contender.choices, loss)
-    engine.latency.correction = 1.0
+    engine.latency.correction = correction
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 from landscape import Silent
 
 from blast_search import decision
-from blast_search.closed_loop import meet
+from blast_search.closed_loop import meet, meet_together
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.decision import _searched, decide
 from blast_search.engine import AIM, Contender
@@ -20,7 +20,7 @@ from blast_search.last_timing import final
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.space import Candidate
-from blast_search.study import Storage
+from blast_search.storage import Storage
 from blast_search.trials import Tuned
 
 TARGET = 0.3
@@ -224,6 +224,49 @@ def test_what_retraining_said_is_not_overruled_by_the_loss_before_it(monkeypatch
     monkeypatch.setattr(decision, "rivals", lambda *_: ["exact", "uniform low rank"])
     found = decided(world, monkeypatch, recovered=lambda c: float(c.name != "exact"))
     assert found.winner.name == "exact"
+
+
+class Together(Kinds):
+    """The solver's plans take 1.2 times what is predicted, uniform ones 0.8 times."""
+
+    def time(self, _name: str, plans: Mapping[str, Choices], seconds: float) -> list[Timing]:
+        self.calls.append((len(plans), seconds))
+        slower = {1: 1.2, 2: 0.8}
+        ratios = [slower[p["b"].rank] * rank(p) / 1000 for p in plans.values()]
+        return [replace(TIMING, ratio_layers=ratio) for ratio in ratios]
+
+    @property
+    def calls(self) -> list[Any]:
+        return self.timed
+
+
+def test_plans_that_are_timed_together_are_those_that_each_kind_alone_would_get():
+    def makes(world: Kinds) -> dict[str, Any]:
+        return {"uniform": lambda r: world.largest_uniform(1, r), "exact": world.exact}
+
+    world: Any = Together(lambda *_: 0)
+    found = meet_together(world, makes(world), TARGET)
+    assert world.latency.correction == pytest.approx(1.2)  # the last kind's
+    alone: list[Any] = []
+    for name in ("uniform", "exact"):
+        one: Any = Together(lambda *_: 0)
+        met = meet(one, name, makes(one)[name], TARGET)
+        assert met == found[name]
+        assert met
+        assert 0.94 * TARGET < met.ratio <= TARGET
+        alone.append(one.calls)
+    # Both are off by more than a tenth, so that each timing is made again, for twice as long.
+    assert world.calls[:2] == [(2, pytest.approx(8 * 4 / 3)), (2, pytest.approx(16 * 4 / 3))]
+    assert len(world.calls) == max(map(len, alone))
+
+
+def test_a_kind_without_plans_does_not_hold_up_the_others():
+    world: Any = Together(lambda *_: 0)
+    makes = {"BLAST": lambda r: world.best_uniform(r, ()), "exact": world.exact}
+    found = meet_together(world, makes, TARGET)
+    assert found["BLAST"] is None
+    assert found["exact"]
+    assert found["exact"].feasible
 
 
 def test_a_search_whose_time_is_up_ends_with_what_it_has_but_not_over_the_budget():
