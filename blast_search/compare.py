@@ -137,6 +137,8 @@ def _judged(
         "seeds": len(seeds),
         "search_seed": settings.seed,
         "loss_evaluations_of_the_search": spent,
+        "trials": finish.describer.trials_paid(),
+        "optuna": finish.engine.tuning,
         "environment": p.environment,
         "seconds": dict(pipeline.seconds),
         "peak_memory_mb": round(peak_memory_mb(p.device), 1),

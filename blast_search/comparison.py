@@ -73,7 +73,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The finished comparison.  `facts`: task, budget, steps, seeds, environment."""
+    """The finished comparison.  `facts`: task, budget, steps, seeds, what the trials brought,
+    environment."""
 
     folder: Path
     metric: str
@@ -207,7 +208,9 @@ class Comparison:
         sections = [
             Section("", [Table(self.head, rows, strong=strong), Paragraph(self.caption)]),
             Section("The search against", [Paragraph(text) for text in self.verdicts]),
-            Section("", [Paragraph(circumstances)]),
+            Section(
+                "", [Paragraph(text) for text in (self.facts["trials"], circumstances) if text]
+            ),
         ]
         return to_markdown(f"{self.facts['task']} at {self.facts['budget']:g}", sections)
 

@@ -81,6 +81,9 @@ def test_one_table_and_resume_repeats_nothing(tmp_path: Path, monkeypatch):
     result = compare(Shallow(), 0.9, **options)
     assert [row.name for row in result.rows] == [*KINDS, "mine"]
     assert seen == [result.facts["loss_evaluations_of_the_search"]]
+    said = result.facts["trials"]
+    assert said.startswith("The Optuna stage" if result.facts["optuna"] else "")
+    assert said in (out / "compare.md").read_text()
     for row in result.rows[1:]:
         assert len(row.after) == 2
         assert row.within == (row.layer_ratio <= 0.9)

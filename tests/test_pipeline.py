@@ -255,7 +255,8 @@ def test_a_short_retraining_decides_between_close_plans(tmp_path: Path, monkeypa
     # Whether the trials end elsewhere than the exact plan, and whether a uniform plan is better
     # than both, depends on timings: here they do, and there is none.
     monkeypatch.setattr(decision, "uniform_contenders", lambda *_: {})
-    monkeypatch.setattr(decision, "_searched", lambda engine, ratio, *_: engine.exact(0.9 * ratio))
+    smaller = lambda engine, ratio, *_: engine.exact(0.75 * ratio)  # noqa: E731
+    monkeypatch.setattr(decision, "_searched", smaller)
     options = OPTIONS | {"trials": 2, "retrain_steps": 5}
     run = bs.search(ToyTask(), budget=0.8, out=tmp_path / "r", **options)
     records = [row for row in rows(tmp_path / "r" / "measured.csv")
