@@ -79,7 +79,8 @@ def _stored(resume: Path, names: set[str], given: Mapping[str, Any]) -> dict[str
     stored = read_yaml_mapping(file)
     if odd := set(stored) ^ names:
         raise IncompatibleInputError(f"{file}: missing or unknown keys {sorted(odd)}.")
-    stored |= {k: given[k] for k in ("storage",) if k in given}
+    if "storage" in given:
+        stored["storage"] = given["storage"]
     changed = [k for k in stored if k in given and given[k] != stored[k]]
     if changed:
         raise UsageError(

@@ -82,7 +82,7 @@ def _opened(url: str, opening: Callable[[], Any]) -> Any:
         except (SQLAlchemyError, ValueError) as error:
             # Runs that open an empty database together race for the creation of its tables.
             if isinstance(error, ValueError) or attempt + 1 == OPENINGS:
-                where = url.rpartition("@")[2]  # without user and password
+                where = str(without_password(url)).rpartition("@")[2]  # and without the user
                 raise BlastSearchError(
                     f"--storage: the database {where} cannot be used "
                     f"({' '.join(str(error).split())[:200]}). Expected a URL like "

@@ -277,6 +277,13 @@ def test_a_database_that_cannot_be_used_is_one_plain_line():
             check_database(url)
 
 
+def test_no_message_holds_a_password():
+    for url in ("nonsense://me:s3cret@host/db", "nonsense://host/db?password=s3cret"):
+        with pytest.raises(BlastSearchError, match="host/db cannot be used") as error:
+            check_database(url)
+        assert "s3cret" not in str(error.value)
+
+
 def test_a_database_is_opened_and_closed_before_anything_is_measured(tmp_path: Path):
     check_database(url := f"sqlite:///{tmp_path / 'study.db'}")
     assert study.Study(["x"], Storage(url), 0).sync() == 0
