@@ -48,7 +48,13 @@ class Timing:
     ratio_layers_ci95: tuple[float, float]
     ratio_model: float
     ratio_model_ci95: tuple[float, float]
-    by_workload: tuple[float, ...] = ()  # ratio_layers of each workload alone
+    # ratio_layers of each workload alone; None where the searched layers take no time in it
+    by_workload: tuple[float | None, ...] = ()
+
+    @property
+    def worst(self) -> float:
+        """The largest ratio_layers over the workloads that the searched layers take time in."""
+        return max((r for r in self.by_workload if r is not None), default=self.ratio_layers)
 
 
 def untrained(
@@ -73,7 +79,8 @@ def time_variants(
 
     Args:
         model: the dense model; left as it was.
-        variants: per name, the modules that replace layers (others stay dense).
+        variants: per name, the modules that replace layers (others stay dense).  One that
+            replaces none is the dense model, not timed again: its ratios are exactly 1.
         seconds: for all rounds together, within `min_rounds` and `max_rounds`; fewer rounds do
             where all ratios to dense are certain to NARROW, and up to ATTEMPTS times as many are
             made where one is uncertain by more than UNCERTAIN.
@@ -81,8 +88,9 @@ def time_variants(
     device = next(model.parameters()).device
     before = get_modules(model, layers)
     sets = {"dense": before, "fixed": stubs(before)} | {
-        name: before | dict(modules) for name, modules in variants.items()
+        name: before | dict(modules) for name, modules in variants.items() if modules
     }
+    timed_as = {name: name if modules else "dense" for name, modules in variants.items()}
     total: dict[str, np.ndarray] = {}
     alone: list[dict[str, np.ndarray]] = []
     # Moved while the dense layers are in place: what replaces them may be without parameters.
@@ -118,17 +126,33 @@ def time_variants(
                     parts.append(times)
             times = _joined(parts)
             alone.append(times)
-            rounds = min(map(len, [*times.values(), *total.values()]))
-            for name, values in times.items():
-                total[name] = total.get(name, 0.0) + values[:rounds] * share.weight / 1e3
-            total = {name: values[:rounds] for name, values in total.items()}
+            rounds = min(map(len, [*times.values(), *total.values()]))  # those that all have
+            total = {
+                name: (total[name][:rounds] if total else 0.0)
+                + values[:rounds] * share.weight / 1e3
+                for name, values in times.items()
+            }
+    called = [any(_in(share, layer) for layer in layers) for share in workloads]
     return {
         name: replace(
-            _timing(total, name),
-            by_workload=tuple(float(np.nanmedian(_layer_ratios(t, name))) for t in alone),
+            _timing(total, same),
+            by_workload=tuple(
+                _ratio_alone(times, same) if there else None
+                for there, times in zip(called, alone, strict=True)
+            ),
         )
-        for name in ("dense", *variants)
+        for name, same in {"dense": "dense", **timed_as}.items()
     }
+
+
+def _in(workload: Workload, layer: LayerSpec) -> bool:
+    """Whether a layer is called in the workload; calls without a name may be of any."""
+    return any(call.workload in ("", workload.name) for call in layer.calls)
+
+
+def _ratio_alone(times: Mapping[str, np.ndarray], name: str) -> float | None:
+    ratios = _layer_ratios(times, name)
+    return None if np.isnan(ratios).all() else float(np.nanmedian(ratios))
 
 
 def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -139,7 +163,8 @@ def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _wide(times: Mapping[str, np.ndarray]) -> bool:
     """Whether a variant's ratio to dense, layers alone, is uncertain."""
     ratios = (_layer_ratios(times, n) for n in times if n not in ("dense", "fixed"))
-    return any(half_width(median_interval(r[np.isfinite(r)])) > UNCERTAIN for r in ratios)
+    finite = [r[np.isfinite(r)] for r in ratios]
+    return any(half_width(median_interval(r)) > UNCERTAIN for r in finite if len(r))
 
 
 def _layer_ratios(times: Mapping[str, np.ndarray], name: str) -> np.ndarray:

@@ -248,7 +248,7 @@ def judged(
     if value is not None:
         ratio = ratios[SCOPES[scope][2]] if scope in SCOPES else float("nan")
         if budget.get("every_workload"):
-            ratio = max(timing.by_workload)
+            ratio = timing.worst
         met.append(ratio <= value * (1 + 1e-9))
     if allowed is not None:
         met.append(drop <= allowed)

@@ -221,11 +221,72 @@ def test_a_model_of_searched_layers_only_is_timed_on_two_workloads():
     model = nn.Sequential(nn.Linear(256, 1024), nn.Linear(1024, 256)).eval()
     workloads = [Workload("a", torch.randn(64, 256)), Workload("b", torch.randn(32, 256))]
     layers = find_layers(model)
-    timing = time_variants(model, layers, {"same": {}}, workloads, 0.1)["same"]
+    same = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    timing = time_variants(model, layers, {"same": same}, workloads, 0.1)["same"]
     assert len(timing.by_workload) == 2
     # Also where a variant has no parameters at all.
     bare = {layer.name: nn.Identity() for layer in layers}
     time_variants(model, layers, {"bare": bare}, workloads, 0.1)
+
+
+def fixed_series(series: list[dict[str, list[float]]]):
+    """In the place of `interleave`: the times of dense and fixed, workload by workload."""
+    left = iter(series)
+    return lambda *_, **__: {name: np.array(times) for name, times in next(left).items()}
+
+
+def branches() -> tuple[nn.Module, list[Workload]]:
+    """Only the first workload calls the searched layer."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.image(x).relu() if x.shape[-1] == 64 else x.cumsum(-1)
+
+    return Branches(), [Workload("i", torch.randn(2, 64)), Workload("t", torch.randn(2, 9))]
+
+
+def test_workloads_of_different_many_rounds_are_summed_over_those_that_all_have(monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    workloads = [Workload(name, torch.randn(2, 8)) for name in ("a", "b", "c")]
+    layers = find_layers(model, workloads)
+    times = [{"dense": [10.0] * n, "fixed": [2.0] * n, "x": [6.0] * n} for n in (9, 5, 7)]
+    monkeypatch.setattr(model_latency, "interleave", fixed_series(times))
+    x = {"0": nn.Identity()}
+    timing = time_variants(model, layers, {"x": x}, workloads, 0.1)["x"]
+    assert timing.runs == 5
+    assert timing.median_ms == pytest.approx(18e-3)
+    assert timing.by_workload == (0.5, 0.5, 0.5)
+
+
+def test_a_workload_that_calls_no_searched_layer_has_no_ratio_of_its_own(monkeypatch):
+    model, workloads = branches()
+    layers = find_layers(model, workloads)
+    noise = [{"dense": [10.0] * 5, "fixed": [2.0] * 5, "x": [6.0] * 5},
+             {"dense": [1.0] * 5, "fixed": [0.9] * 5, "x": [3.0] * 5}]  # fmt: skip
+    monkeypatch.setattr(model_latency, "interleave", fixed_series(noise))
+    timing = time_variants(model, layers, {"x": {"image": nn.Identity()}}, workloads, 0.1)["x"]
+    assert timing.by_workload == (0.5, None)
+    assert timing.worst == 0.5
+    # Layers that are called, but take no measurable time, have none either.
+    noise[1]["fixed"] = [1.1] * 5
+    layers = find_layers(model, [*workloads[:1], Workload("t", torch.randn(2, 64))])
+    monkeypatch.setattr(model_latency, "interleave", fixed_series(noise))
+    timing = time_variants(model, layers, {"x": {"image": nn.Identity()}}, workloads, 0.1)["x"]
+    assert timing.by_workload == (0.5, None)
+
+
+def test_a_variant_that_replaces_nothing_is_the_dense_model():
+    task = ToyTask()
+    model, workloads = task.model(), [Workload("w", task.workload())]
+    layers = find_layers(model, workloads)
+    timing = time_variants(model, layers, {"same": {}}, workloads, 0.05, 5, 5)["same"]
+    assert (timing.ratio_layers, timing.ratio_model) == (1.0, 1.0)
+    assert timing.ratio_layers_ci95 == (1.0, 1.0)
+    assert timing.by_workload == (1.0,)
 
 
 def test_layers_without_weight_in_time_are_reported():
@@ -252,11 +313,12 @@ def test_an_uncertain_timing_of_models_goes_on(monkeypatch):
     task = ToyTask()
     model, workloads = task.model(), [Workload("w", task.workload())]
     layers = find_layers(model, workloads)
+    same = {layer.name: model.get_submodule(layer.name) for layer in layers}
     monkeypatch.setattr(model_latency, "ATTEMPTS", 2)
     for noise, attempts in ((0.001, 1), (0.2, 2)):
         monkeypatch.setattr(model_latency, "interleave", series(noise))
         made.clear()
-        timing = time_variants(model, layers, {"same": {}}, workloads, 0.2)["same"]
+        timing = time_variants(model, layers, {"same": same}, workloads, 0.2)["same"]
         assert len(made) == attempts
         assert timing.runs == 12 * attempts
     assert timing.ratio_layers == pytest.approx(0.5, abs=0.15)

@@ -112,7 +112,7 @@ def test_retraining_that_helps_is_kept(saved: Path, capsys):
 def test_a_measurement_is_judged_by_the_plans_own_budget():
     ratios = {"latency_ratio_layers": 0.3, "latency_ratio_model": 0.5, "macs_ratio": 0.4,
               "params_ratio": 0.6}  # fmt: skip
-    timing = SimpleNamespace(by_workload=(0.2, 0.35))
+    timing = SimpleNamespace(worst=0.35)
 
     def met(drop: float = 0.0, **budget: Any) -> bool | None:
         result = judged(budget, ratios, timing, drop)  # type: ignore[arg-type]
