@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from blast_search.batches import reference_outputs
@@ -35,7 +36,7 @@ from blast_search.report import write_report
 from blast_search.runfolder import RunFolder, start_folder
 from blast_search.sensitivity import ProbeTable, estimate_scores
 from blast_search.settings import Settings
-from blast_search.space import SearchSpace, load_space
+from blast_search.space import SearchSpace, kept_space, load_space, space_values
 from blast_search.storage import check_database, without_password
 from blast_search.tables import LatencyTable, ScoreTable
 from blast_search.workers import resolve
@@ -126,28 +127,31 @@ def opened(
     began = time.monotonic()
     resolve(workers)
     loaded = load_task(task) if isinstance(task, str) else task
-    chosen = space if isinstance(space, SearchSpace) else load_space(settings.space)
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(out) if out else Path("results") / f"{loaded.name}-{stamp}"
     if (folder / ".lock").is_file():  # in use: said before that it holds a run already
         with locked(folder):
             pass
+    values: dict[str, Any] = {}
     if not resume:
+        chosen = space if isinstance(space, SearchSpace) else load_space(settings.space)
         if settings.storage:
             check_database(settings.storage)
-        prepared = prepare(loaded, settings, chosen)
+        prepared, values = prepare(loaded, settings, chosen), space_values(chosen)
     kept = replace(settings, storage=without_password(settings.storage))
-    stored = start_folder(folder, resume, asdict(kept))
+    stored = start_folder(folder, resume, asdict(kept), values)
     with locked(folder):
         if resume:
-            settings = _continued(folder, settings, type(settings)(**stored))
+            settings = _continued(folder, settings, type(settings)(**stored), space)
             if settings.storage:
                 check_database(settings.storage)
-            prepared = prepare(loaded, settings, chosen)
+            prepared = prepare(loaded, settings, kept_space(folder, settings.space))
         yield Pipeline(folder, settings, prepared, workers, ray_address, report, began)
 
 
-def _continued(folder: Path, asked: Settings, stored: Settings) -> Settings:
+def _continued(
+    folder: Path, asked: Settings, stored: Settings, space: SearchSpace | str | Path | None
+) -> Settings:
     """The settings of the run to resume; what is asked for beside defaults must agree.
 
     But for the storage: it may have moved, and its password is not on file.
@@ -160,6 +164,9 @@ def _continued(folder: Path, asked: Settings, stored: Settings) -> Settings:
         if f.name != "storage"
         and getattr(asked, f.name) not in (getattr(default, f.name), getattr(stored, f.name))
     ]
+    if isinstance(space, SearchSpace):
+        same = space_values(space) == space_values(kept_space(folder, stored.space))
+        changed += [] if same or "space" in changed else ["space"]
     if changed:
         raise UsageError(
             f"{folder} is continued as it was started; {', '.join(changed)} cannot change. Leave "
@@ -184,13 +191,17 @@ class Pipeline:
         self.folder, self.settings, self.prepared = folder, settings, prepared
         self.workers, self.ray_address, self.report = workers, ray_address, report
         self.records = RunFolder.open(folder)
-        self.seconds: dict[str, float] = {}
         self.started = started  # before the task's model was built, which may take long
         self.dense_metric = float("nan")
         self.latency_check: dict[str, float] = {}
 
-    def _timed(self, stage: str, since: float) -> None:
-        self.seconds[stage] = round(time.monotonic() - since, 1)
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the stages took, in all sessions that worked on the run."""
+        return self.records.seconds
+
+    def took(self, stage: str, since: float) -> None:
+        self.records.took(stage, time.monotonic() - since)
 
     @property
     def search_deadline(self) -> Deadline:
@@ -224,12 +235,12 @@ class Pipeline:
             say(p.note)
         since = time.monotonic()
         self.profiler(table).run(self.settings.profile)
-        self._timed("profile", since)
+        self.took("profile", since)
         names = [w.name for w in p.workloads] if self.settings.every_workload else []
         latency = self.checked(LatencyModel(p.layers, table, workloads=names))
         since = time.monotonic()
         engine = self.scored(latency)
-        self._timed("score", since)
+        self.took("score", since)
         self.dense_metric = float(
             self.records.once("metric", "dense", "dense", lambda: evaluate(p.task, p.model))
         )
@@ -248,7 +259,7 @@ class Pipeline:
         )  # fmt: skip
         self.latency_check = cross_validated(plans)
         latency.factors = correction(plans)
-        self._timed("latency check", since)
+        self.took("latency check", since)
         return latency
 
     def settle(self, engine: Engine, target: float) -> None:
@@ -275,6 +286,8 @@ class Pipeline:
         """Calibrate, probe and score: everything that the solver needs."""
         p = self.prepared
         deadline = self.search_deadline.share(SCORE_SHARE)
+        # A resumed run skips measurements that draw random numbers, and must see the same data.
+        torch.manual_seed(self.settings.seed)
         batches = list(p.task.calibration())
         with self.report.stage("calibrate", 2) as advance:
             references = reference_outputs(p.model, batches)

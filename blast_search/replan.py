@@ -15,14 +15,13 @@ from blast_search.document import number, pick
 from blast_search.engine import Engine
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
 from blast_search.evaluate import size_ratios
-from blast_search.figures import read_front
 from blast_search.files import read_json, read_yaml_mapping
 from blast_search.latency import fingerprint
 from blast_search.latency_model import LatencyModel
 from blast_search.plan import LayerPlan, Plan
 from blast_search.progress import SILENT
 from blast_search.runfolder import RunFolder
-from blast_search.space import Call, Candidate, LayerSpec, SearchSpace, load_space
+from blast_search.space import Call, Candidate, LayerSpec, SearchSpace, kept_space
 from blast_search.tables import LatencyTable, Score, ScoreTable
 
 
@@ -122,7 +121,7 @@ def engine_on_file(run: Path, base: Plan) -> Engine:
     scorer: Any = ScoresOnFile(scores.scores)
     nothing: Any = None
     return Engine(
-        model=nothing, layers=list(latency.layers), space=space_of(run, base), workloads=(),
+        model=nothing, layers=list(latency.layers), space=space_of(run), workloads=(),
         panel=nothing, latency=latency, scorer=scorer, scores=scores, run=nothing, report=SILENT,
     )  # fmt: skip
 
@@ -141,22 +140,15 @@ def settled_table(run: Path) -> LatencyTable:
     return table
 
 
-def space_of(run: Path, base: Plan) -> SearchSpace:
-    """The search space of a run.
-
-    Of one that is gone (a file elsewhere, an object in Python) only matters whether it was
-    uniform, and a run in a uniform space has no plan of several block counts and no trials.
-    """
+def space_of(run: Path) -> SearchSpace:
+    """The search space of a run."""
     name = str(read_yaml_mapping(run / "config.yaml").get("space", "default"))
     try:
-        return load_space(name)
-    except UsageError as error:
-        blocks = {c.num_blocks for c in base.choices.values() if not c.is_dense}
-        if len(blocks) > 1 or any(r.name == "trial" for r in read_front(run / "front.csv")):
-            return SearchSpace(name)
+        return kept_space(run, name)
+    except UsageError as error:  # an older run, whose space is not in the folder
         raise IncompatibleInputError(
-            f"{run} was searched in a space that is not found any more, and it may have been a "
-            f"uniform one: {error} Put it back, or call from the folder where the run began."
+            f"{run} was searched in a space that is not found any more: {error} Put it back, or "
+            "call from the folder where the run began."
         ) from error
 
 

@@ -27,6 +27,7 @@ from blast_search.files import (
 from blast_search.plan import Choices
 
 FIELDS = ("kind", "digest", "plan", "value")
+STAGES = ("stage", "seconds")
 
 
 def digest(choices: Choices) -> str:
@@ -40,6 +41,8 @@ class RunFolder:
 
     path: Path
     measured: dict[tuple[str, str], Any] = field(default_factory=dict)
+    # stage -> seconds, of all sessions that worked on the run; stages.csv
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -47,7 +50,23 @@ class RunFolder:
         for row in read_rows(path / "measured.csv", FIELDS):
             value = parse_json(row["value"], f"{path / 'measured.csv'}: {row['plan']}")
             folder.measured[row["kind"], row["digest"]] = value
+        for row in read_rows(path / "stages.csv", STAGES):
+            seconds = parse_json(row["seconds"], f"{path / 'stages.csv'}: {row['stage']}")
+            if not isinstance(seconds, int | float):
+                raise IncompatibleInputError(
+                    f"{path / 'stages.csv'}: {row['stage']} took {seconds!r}, expected seconds. "
+                    "Remove that line."
+                )
+            folder._add(row["stage"], seconds)
         return folder
+
+    def took(self, stage: str, seconds: float) -> None:
+        """Log what a stage took; of one that a kill cut short, only its measurements are left."""
+        append_row(self.path / "stages.csv", STAGES, {"stage": stage, "seconds": f"{seconds:.1f}"})
+        self._add(stage, seconds)
+
+    def _add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 1)
 
     def once(self, kind: str, key: str, plan: str, measure: Callable[[], Any]) -> Any:
         """The measurement on file, else `measure()`, appended to the file."""
@@ -59,8 +78,10 @@ class RunFolder:
         return self.measured[kind, key]
 
 
-def start_folder(out: Path, resume: bool, config: dict[str, Any]) -> dict[str, Any]:
-    """Write config.yaml for a new run, or check it against the one of the run to resume.
+def start_folder(
+    out: Path, resume: bool, config: dict[str, Any], space: dict[str, Any]
+) -> dict[str, Any]:
+    """Write config.yaml and space.yaml for a new run, or read the one of the run to resume.
 
     Returns:
         The configuration in force.
@@ -85,5 +106,6 @@ def start_folder(out: Path, resume: bool, config: dict[str, Any]) -> dict[str, A
             f"{out} already holds a run. Continue it with --resume {out}, or choose another --out."
         )
     make_folder(out)
+    write_text(out / "space.yaml", yaml.safe_dump(space, sort_keys=False))
     write_text(file, yaml.safe_dump(config, sort_keys=False))
     return config

@@ -249,6 +249,26 @@ def parse_space(values: dict[str, Any], name: str) -> SearchSpace:
     return SearchSpace(name=name, **fields)
 
 
+def space_values(space: SearchSpace) -> dict[str, Any]:
+    """What `parse_space` makes the space of."""
+    values = {key: getattr(space, key) for key in _FIELDS}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def kept_space(run: Path, name: str) -> SearchSpace:
+    """The space that a run was started with: its file may have changed since, or be gone.
+
+    Args:
+        name: as `load_space` takes it, for a run folder without a space.yaml (an older one).
+    """
+    file = run / "space.yaml"
+    return (
+        parse_space(read_yaml_mapping(file), Path(name).stem)
+        if file.is_file()
+        else (load_space(name))
+    )
+
+
 def shipped_spaces() -> dict[str, Path]:
     """Name -> file of the spaces that come with the package (also from a wheel)."""
     installed = Path(str(resources.files("blast_search"))) / "search_spaces"
@@ -278,6 +298,6 @@ def load_space(space: str | Path) -> SearchSpace:
 
 
 __all__ = [
-    "DENSE", "Call", "Candidate", "LayerSpec", "SearchSpace", "load_space", "parse_space",
-    "shipped_spaces", "ties_of",
+    "DENSE", "Call", "Candidate", "LayerSpec", "SearchSpace", "kept_space", "load_space",
+    "parse_space", "shipped_spaces", "space_values", "ties_of",
 ]  # fmt: skip

@@ -111,15 +111,13 @@ def test_a_run_in_a_uniform_space_gives_uniform_plans(spaces: Path):
         plan_at(spaces / "u", 0.01)
 
 
-def test_a_space_that_is_gone_is_named_where_it_could_have_been_uniform(spaces: Path):
-    run = write_run(spaces / "u", "uniform.yaml")
-    (spaces / "uniform.yaml").unlink()
+def test_the_space_is_the_one_of_the_run_folder_and_named_where_it_is_gone(spaces: Path):
+    run, file = write_run(spaces / "u", "uniform.yaml"), spaces / "uniform.yaml"
+    file.rename(run / "space.yaml")
+    assert len(blocks(plan_at(run, 0.3))) == 1
+    (run / "space.yaml").unlink()
     with pytest.raises(IncompatibleInputError, match=r"uniform\.yaml does not exist"):
         plan_at(run, 0.3)
-    base = Plan.load(run)
-    mixed = base.layers | {"fc0": LayerPlan.of(LAYERS[0], Candidate(1, 10))}
-    replace(base, layers=mixed).save(run / "plan.json")
-    assert blocks(plan_at(run, 0.3)) == {1, 2}  # it was not
 
 
 def test_doubtful_cells_count_as_they_were_measured_again(spaces: Path):
