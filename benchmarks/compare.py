@@ -31,7 +31,7 @@ import yaml
 from blast_search.closed_loop import meet
 from blast_search.compare import compare
 from blast_search.contenders import Entry, solved, timed_plan
-from blast_search.decision import first_plans
+from blast_search.decision import first_plans, uniform_kinds
 from blast_search.engine import AIM, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.plan import Choices
@@ -108,7 +108,7 @@ def sampled(engine: Engine, name: str, sampler, target: float, evaluations: int)
 def extra(seed: int):
     def made(engine: Engine, target: float, evaluations: int) -> Mapping[str, Entry]:
         # The correction that the exact plan's measurements asked for, as the search has it.
-        first_plans(engine, target)
+        first_plans(engine, target, uniform_kinds(engine, target))
         correction = engine.latency.correction
         entries = {}
         for name, sampler in samplers(evaluations, seed).items():

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from blast_search.closed_loop import CLOSE, TIMING_SECONDS, Make, meet
-from blast_search.decision import first_plans
 from blast_search.engine import AIM, Contender, Engine
 from blast_search.last_timing import FINAL_ROUNDS, FINAL_SECONDS, Decision, larger
 from blast_search.plan import Choices
@@ -62,7 +61,8 @@ def line_up(engine: Engine, decision: Decision) -> dict[str, Entry]:
     for name, ladders in kinds.items():
         if found := best_of(engine, name, [ladder for ladder in ladders if ladder], target):
             entries[name] = found
-    entries["exact plan"] = _exact(engine, target)
+    if decision.exact:
+        entries["exact plan"] = solved(engine, decision.exact, engine.exact, target)
     winner, make = decision.winner, decision.make
     searched = solved(engine, winner, make, target) if make else Entry(winner)
     return entries | {"full search": searched}
@@ -108,14 +108,6 @@ def level(engine: Engine, entries: Mapping[str, Entry], target: float) -> dict[s
         if not changed:
             break
     return timed
-
-
-def _exact(engine: Engine, target: float) -> Entry:
-    """The exact plan as `decide` found it: the same steps, so its timings are on file."""
-    contender = first_plans(engine, target)["exact"]
-    if contender is None:
-        contender = timed_plan(engine, "fastest", engine.fastest(), target)
-    return solved(engine, contender, engine.exact, target)
 
 
 def solved(engine: Engine, contender: Contender, make: Make, target: float) -> Entry:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
 
 from blast_search import additivity
 from blast_search.closed_loop import CLOSE, Make, meet, meet_together
@@ -17,39 +20,12 @@ from blast_search.storage import Storage
 from blast_search.trials import FRONT_BUDGETS, Trials, Tuned, evaluate_front
 
 FRONT_SHARE = 0.25  # of the time that is left to the search
+NEAR = 1.5  # times the least predicted loss of a uniform plan: further off, b is not judged
 RIVAL = 1.1  # times the least true loss: retraining may turn the order of such plans round
 
 Pool = dict[
     str, tuple[Contender, Make]
 ]  # name -> a plan within the target, and others of its kind
-
-
-def layer_target(scope: str, budget: float, dense: Timing, share: float) -> float:
-    """The budget as a ratio of the searched layers alone.
-
-    Args:
-        share: what the searched layers hold of the whole model's MACs or parameters.
-    """
-    match scope:
-        case "layers":
-            return budget
-        case "model":
-            span = dense.dense_ms - dense.fixed_ms
-            return (budget * dense.dense_ms - dense.fixed_ms) / span
-        case _:
-            return (budget - (1 - share)) / share
-
-
-def scope_ratio(scope: str, ratio: float, dense: Timing, share: float) -> float:
-    """The inverse of `layer_target`: a ratio of the layers in the unit of the budget's scope."""
-    match scope:
-        case "layers":
-            return ratio
-        case "model":
-            span = dense.dense_ms - dense.fixed_ms
-            return (dense.fixed_ms + ratio * span) / dense.dense_ms
-        case _:
-            return 1 - share + ratio * share
 
 
 def decide(
@@ -67,8 +43,9 @@ def decide(
         recovered: how far a plan stays behind dense after a short retraining; it decides between
             the exact plan and the searched one where their true losses are close.
     """
-    first = first_plans(engine, target)
-    uniforms = uniform_contenders(engine, target, first)
+    kinds = uniform_kinds(engine, target)
+    first = first_plans(engine, target, kinds)
+    uniforms = uniform_contenders(engine, target, kinds, first)
     baselines = {key: contender for key, (contender, _) in uniforms.items()}
     exact = first["exact"]
     make: Make = engine.exact
@@ -78,7 +55,7 @@ def decide(
     plans += [(contender.name, contender, made) for contender, made in uniforms.values()]
     pool: Pool = {name: (c, made) for name, c, made in plans if c.feasible}
     if not pool:
-        return Decision(exact, baselines, target, dense, 0, False)
+        return Decision(exact, baselines, target, dense, 0, False, exact=exact)
     engine.note_point("dense", engine.dense, 0.0)
     tuned: Tuned | None = None
     weights: Mapping[str, float] = {}
@@ -105,7 +82,8 @@ def decide(
         )
         mine = dict.fromkeys(own, decision.winner)
         chosen = weights if name == "searched" else {}
-        decisions.append(replace(decision, baselines=decision.baselines | mine, weights=chosen))
+        named = decision.baselines | mine
+        decisions.append(replace(decision, baselines=named, weights=chosen, exact=exact))
         if decision.met:
             break
     best = min(decisions, key=lambda d: (not d.met, d.winner.ratio))
@@ -205,19 +183,21 @@ def _searched(
     return larger if reached and predicted < CLOSE * reached else tuned.choices
 
 
-def first_plans(engine: Engine, target: float) -> dict[str, Contender | None]:
+def first_plans(
+    engine: Engine, target: float, kinds: Mapping[str, tuple[str, Make]]
+) -> dict[str, Contender | None]:
     """The best uniform plans and the exact plan within the target, by name; None: no such plan.
 
     The latency model is left with the exact plan's correction.
     """
     engine.latency.correction = 1.0
-    makes = {name: make for name, make in uniform_kinds(engine).values()}
+    makes = {name: make for name, make in kinds.values()}
     return meet_together(engine, makes | {"exact": engine.exact}, target)
 
 
-def uniform_kinds(engine: Engine) -> dict[str, tuple[str, Make]]:
+def uniform_kinds(engine: Engine, target: float) -> dict[str, tuple[str, Make]]:
     """Uniform low rank and uniform BLAST (b > 1): key among the baselines -> name, maker."""
-    blocks = _blocks(engine)
+    blocks = best_blocks(engine, target)
     return {
         "uniform_low_rank": ("uniform low rank", lambda r: engine.largest_uniform(1, r)),
         "uniform_blast": ("uniform BLAST", lambda r: engine.best_uniform(r, blocks)),
@@ -228,13 +208,39 @@ def _blocks(engine: Engine) -> list[int]:
     return [b for b in engine.space.num_blocks if b > 1]
 
 
+def best_blocks(engine: Engine, target: float) -> list[int]:
+    """The block count above 1 whose uniform plan has the least true loss, as a list of one.
+
+    Predictions only say which are worth judging (within `NEAR`).  All block counts where none has
+    a plan within the target by the uncorrected table: measurements may see one.
+    """
+    engine.latency.correction = 1.0
+    blocks = _blocks(engine)
+    plans: dict[int, Choices] = {}
+    for b in blocks:
+        with suppress(InfeasibleBudgetError):
+            plans[b] = engine.best_uniform(engine.aim * target, [b])
+    predicted = {b: engine.predicted_loss(choices) for b, choices in plans.items()}
+    near = [b for b in plans if predicted[b] <= NEAR * min(predicted.values())]
+    if not near:
+        return blocks
+    losses = {b: predicted[b] for b in near}
+    if len(near) > 1:
+        found = engine.judged("uniform BLAST", [plans[b] for b in near], deadline=engine.deadline)
+        losses = {b: fmean(v) for b, v in zip(near, found, strict=True) if v} or losses
+    return [min(losses, key=losses.__getitem__)]
+
+
 def uniform_contenders(
-    engine: Engine, target: float, met: Mapping[str, Contender | None]
+    engine: Engine,
+    target: float,
+    kinds: Mapping[str, tuple[str, Make]],
+    met: Mapping[str, Contender | None],
 ) -> dict[str, tuple[Contender, Make]]:
     """The uniform plans among `first_plans`, each with what makes its kind at other ratios."""
     found: dict[str, tuple[Contender, Make]] = {}
     correction = engine.latency.correction
-    for key, (name, make) in uniform_kinds(engine).items():
+    for key, (name, make) in kinds.items():
         contender = met[name]
         if contender is None and key == "uniform_blast" and (blocks := _blocks(engine)):
             # None is fast enough on this device: the fastest one is shown, over the budget.
@@ -261,20 +267,18 @@ def _fastest(engine: Engine, exact: Contender | None, target: float) -> tuple[Co
 
 
 def infeasible(
-    scope: str, budget: float, decision: Decision, share: float
+    run: Path, scope: str, budget: float, decision: Decision, outside: float
 ) -> InfeasibleBudgetError:
-    """The error for a decision that does not meet its budget."""
-    reachable = scope_ratio(scope, decision.winner.ratio, decision.dense, share)
+    """The error for a decision that does not meet its budget; `outside`: see `layer_target`."""
     if decision.winner.all_dense:
         reason = "no candidate is faster than dense on this device: keep this model dense"
-    elif scope == "model" and decision.target <= 0:
-        fixed = decision.dense.fixed_ms / decision.dense.dense_ms
-        reason = f"everything outside the searched layers alone takes {fixed:.2f} of dense"
+    elif decision.target <= 0:
+        reason = f"everything outside the searched layers alone takes {outside:.2f} of dense"
     else:
         reason = "the smallest ranks of the search space still take that much"
     # Rounded up: the budget that is named must be reachable.
-    smallest = -(-reachable * 1000 // 1) / 1000
+    smallest = -(-(outside + decision.winner.ratio * (1 - outside)) * 1000 // 1) / 1000
     return InfeasibleBudgetError(
         f"no plan meets budget {budget:g} (scope {scope}): the smallest reachable budget is about "
-        f"{smallest:.3f}; {reason}. The nearest plan is in plan.json."
+        f"{smallest:.3f}; {reason}. The nearest plan is in {run / 'plan.json'}."
     )

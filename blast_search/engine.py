@@ -37,6 +37,16 @@ AIM = 0.975  # of the budget: room for the noise of the final measurement
 EXACT = 0.9999  # where nothing is noisy: multiply-adds, parameters
 
 
+def layer_target(budget: float, outside: float) -> float:
+    """A budget as a ratio of the searched layers alone.
+
+    Args:
+        outside: what the dense model spends outside the searched layers, as a share of its whole
+            cost in the unit of the budget's scope (time, multiply-adds, parameters).
+    """
+    return (budget - outside) / (1 - outside)
+
+
 @dataclass(frozen=True)
 class Contender:
     """A plan that was built and timed."""
@@ -74,6 +84,7 @@ class Engine:
     additivity: dict[str, Any] = field(default_factory=dict)  # see additivity.py
     tuning: dict[str, Any] = field(default_factory=dict)  # see trials.py
     gap: float = 0.0
+    outside: float = 0.0  # see layer_target; 0 in the scope "layers"
 
     @property
     def fitter(self) -> Fitter:
@@ -210,10 +221,13 @@ class Engine:
     def measured_ratio(self, choices: Choices, timing: Timing) -> float:
         """As `predicted_ratio`, but the time is the measured one; MACs and parameters are exact.
 
-        An all-dense plan is the dense model: its ratio is 1, whatever the noise of two timings.
+        In the scope "model" it comes from the whole model's measured time: it is at most the
+        target just where the model is within its budget.  An all-dense plan is the dense model.
         """
         if all(c.is_dense for c in choices.values()):
             return 1.0
+        if self.scope == "model":
+            return layer_target(timing.ratio_model, self.outside)
         if self.by_time:
             return self.latency_ratio(timing)
         ratio = self.predicted_ratio(choices)
@@ -222,7 +236,7 @@ class Engine:
 
     def latency_ratio(self, timing: Timing) -> float:
         """The layers' measured ratio; of the worst workload, where a budget holds on each."""
-        return max(timing.by_workload) if self.latency.workloads else timing.ratio_layers
+        return timing.worst if self.latency.workloads else timing.ratio_layers
 
     def options(self) -> dict[str, list[Option]]:
         """What the solver may choose; never a candidate that is slower than dense."""

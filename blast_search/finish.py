@@ -12,10 +12,11 @@ from uuid import uuid4
 from torch import nn
 
 from blast_search.closed_loop import TIMING_SECONDS
-from blast_search.decision import decide, infeasible, layer_target
+from blast_search.decision import decide, infeasible
 from blast_search.describe import DENSE_KEY, Describer, write_front
+from blast_search.document import show
 from blast_search.drop import within_drop
-from blast_search.engine import Contender, Engine
+from blast_search.engine import Contender, Engine, layer_target
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.evaluate import (
     count_macs,
@@ -56,7 +57,7 @@ class Finish:
             "params": (float(sum(ly.params(DENSE) for ly in p.layers)), float(self.params)),
         }
         part, whole = sizes.get(self.settings.budget_scope, (1.0, 1.0))
-        self.share = part / max(whole, 1.0)
+        engine.outside = 1 - part / max(whole, 1.0)
         self.describer = Describer(pipeline, engine, self.params, self.macs)
         self.models = Models(pipeline, engine)
 
@@ -70,6 +71,8 @@ class Finish:
     def decide(self) -> Decision:
         """The decision for a budget, or for --max-drop alone."""
         s, engine, dense = self.settings, self.engine, self.dense_timing()
+        if s.budget_scope == "model":
+            engine.outside = dense.fixed_ms / dense.dense_ms
         storage = Storage(f"sqlite:///{self.folder / 'study.db'}")
         if s.storage:
             # A database may hold the studies of many runs.  Runs of one folder name that ask
@@ -80,7 +83,7 @@ class Finish:
             me = self.records.once("worker", "worker", "study", lambda: uuid4().hex)
             storage = Storage(s.storage, name, f"{platform.node()}:{me}")
         if s.budget is not None:
-            target = layer_target(s.budget_scope, s.budget, dense, self.share)
+            target = layer_target(s.budget, engine.outside)
             self.pipeline.settle(self.engine, target)
             return decide(
                 engine, target, dense, s.trials, storage, s.seed,
@@ -95,21 +98,21 @@ class Finish:
         p, s, engine = self.prepared, self.settings, self.engine
         since = time.monotonic()
         decision = self.decide()
-        self.pipeline.seconds["search"] = round(time.monotonic() - since, 1)
+        self.pipeline.took("search", since)
         winner = decision.winner
         points = engine.settled_points(winner, list(decision.baselines.values()))
         search_seconds = round(sum(self.pipeline.seconds.values()), 1)
         self.report.say(f"search finished after {search_seconds:.0f} s")
         if s.every_workload:
             each = self.describer.by_workload(winner.timing).items()
-            text = ", ".join(f"{name} {ratio:.3f}" for name, ratio in each)
+            text = ", ".join(f"{name} {show(ratio)}" for name, ratio in each)
             self.report.say(f"layer latency ratio by workload: {text}")
         plan = self.describer.plan(decision)
         make_folder(self.folder / "plans")
         if not decision.met:
             plan.save(self.folder / "plan.json")
             assert s.budget is not None
-            missed = infeasible(s.budget_scope, s.budget, decision, self.share)
+            missed = infeasible(self.folder, s.budget_scope, s.budget, decision, engine.outside)
             return plan, points, p.model, missed
         since = time.monotonic()
         contenders = {"searched": winner} | decision.baselines
@@ -130,12 +133,12 @@ class Finish:
         if self.allows_dense(decision, values[key]):
             key, metrics[DENSE_KEY] = DENSE_KEY, self.pipeline.dense_metric
             values[key] = metrics[key]
-            contenders[key] = Contender(key, engine.dense, decision.dense, 1.0, True)
+            contenders[key] = Contender(key, engine.dense, self.dense_timing(), 1.0, True)
         if key != "searched":
             best = contenders[key].choices
             engine.note_point(CHOSEN, best, engine.true_loss(CHOSEN, best))
             points = engine.settled_points(winner, list(decision.baselines.values()))
-        self.pipeline.seconds["retrain"] = round(time.monotonic() - since, 1)
+        self.pipeline.took("retrain", since)
         error = self.drop_error(values[key])
         plan = self.describer.plan(decision, contenders[key], metrics, after, error is None)
         model = self.models.keep(key, contenders[key], plan, bool(steps) and key != DENSE_KEY)
@@ -196,5 +199,6 @@ class Finish:
             f"no plan meets both budgets: at budget {s.budget} (scope {s.budget_scope}) "
             f"{task.metric[0]} falls by {drop:.4f}, more than --max-drop {s.max_drop:g}. "
             "Allow more drop, a larger budget or more --retrain-steps, or leave --budget out: "
-            "--max-drop alone finds the fastest plan within it. The nearest plan is in plan.json."
+            "--max-drop alone finds the fastest plan within it. The nearest plan is in "
+            f"{self.folder / 'plan.json'}."
         )

@@ -12,6 +12,7 @@ from blast_search.runfolder import digest
 
 FINAL_ROUNDS = 4
 FINAL_SECONDS = 40.0
+BOLD = 0.95
 LARGER = 2  # of these rounds may end with a larger plan: noise could ask for one each time
 
 
@@ -27,6 +28,7 @@ class Decision:
     met: bool
     make: Make | None = None  # the winner's plans at other ratios
     weights: Mapping[str, float] = field(default_factory=dict)  # of the scores, by layer
+    exact: Contender | None = None  # as it was timed first; the fastest plan where none is within
 
 
 def final(
@@ -68,7 +70,9 @@ def final(
             engine.report.detail(
                 f"  final timing {winner.ratio:.3f} is over {target:.3f}: tightening"
             )
-            aim *= min(0.99, target / winner.ratio)
+            # Past the deadline in bolder steps: fewer of them.
+            step = BOLD if engine.deadline.expired() else 0.99
+            aim *= min(step, target / winner.ratio)
             again = meet(engine, winner.name, make, target, aim)
         if again is None:
             break

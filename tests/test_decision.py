@@ -13,8 +13,8 @@ from landscape import Silent
 from blast_search import decision
 from blast_search.closed_loop import meet, meet_together
 from blast_search.deadline import FOREVER, Deadline
-from blast_search.decision import _searched, decide
-from blast_search.engine import AIM, Contender
+from blast_search.decision import _searched, best_blocks, decide
+from blast_search.engine import AIM, Contender, Engine, layer_target
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.last_timing import final
 from blast_search.model_latency import Timing
@@ -282,3 +282,54 @@ def test_a_search_whose_time_is_up_ends_with_what_it_has_but_not_over_the_budget
     assert found
     assert found.feasible
     assert over.final(290).met
+
+
+# ---- which uniform BLAST plan, and the scope of whole models ------------------------------------
+
+
+def block_world(predicted: dict[int, float], true: dict[int, float]) -> Any:
+    """One uniform plan per block count; those without a predicted loss are over the target."""
+
+    def best_uniform(_ratio: float, blocks: list[int]) -> Choices:
+        if blocks[0] not in predicted:
+            raise InfeasibleBudgetError("none")
+        return {"a": Candidate(blocks[0], 8)}
+
+    def judged(_name: str, plans: list[Choices], deadline: Deadline) -> list[list[float] | None]:
+        world.judged_plans += [plan["a"].num_blocks for plan in plans]
+        return [None if deadline.expired() else [true[p["a"].num_blocks]] for p in plans]
+
+    world = SimpleNamespace(
+        latency=SimpleNamespace(correction=3.0), aim=AIM, deadline=FOREVER, judged_plans=[],
+        space=SimpleNamespace(num_blocks=(1, 2, 4, 8)), best_uniform=best_uniform, judged=judged,
+        predicted_loss=lambda choices: predicted[choices["a"].num_blocks],
+    )  # fmt: skip
+    return world
+
+
+def test_the_uniform_blast_plan_is_the_one_of_least_true_loss():
+    true = {2: 1.0, 4: 0.9, 8: 0.8}
+    world = block_world({2: 1.0, 4: 1.2, 8: 1.4}, true)
+    assert best_blocks(world, TARGET) == [8]
+    assert world.judged_plans == [2, 4, 8]
+    far = block_world({2: 1.0, 4: 1.2, 8: 1.6}, true)  # 8 is predicted to be far off
+    assert best_blocks(far, TARGET) == [4]
+    assert far.judged_plans == [2, 4]
+    one = block_world({4: 1.0}, true)
+    assert best_blocks(one, TARGET) == [4]
+    assert one.judged_plans == []
+    assert best_blocks(block_world({}, true), TARGET) == [2, 4, 8]
+    late = block_world({2: 1.0, 4: 1.2}, true)
+    late.deadline = Deadline(0.0)
+    assert best_blocks(late, TARGET) == [2]  # what is predicted
+
+
+def test_a_model_is_within_its_budget_just_where_its_plan_is_within_the_target():
+    engine: Any = SimpleNamespace(scope="model", outside=0.2, by_time=True)
+    budget, target = 0.505, layer_target(0.505, 0.2)
+    for ratio_model, within in ((0.505, True), (0.5051, False)):
+        # The share outside the layers was another one in this timing: the layers' ratio says less.
+        timing = replace(TIMING, ratio_model=ratio_model, ratio_layers=0.3)
+        measured = Engine.measured_ratio(engine, plan(8), timing)
+        assert (measured <= target) is within
+        assert (ratio_model <= budget) is within
