@@ -34,12 +34,19 @@ def blocks(plan: Plan, front: Sequence[FrontRow]) -> list[Block]:
     found += [Paragraph(text) for text in said if text]
     rounds = pick(plan.search, "rounds")
     steps = [
-        [str(n), show(pick(r, "predicted_ratio")), show(pick(r, "measured_ratio"))]
-        for n, r in enumerate(rounds if isinstance(rounds, list) else [], start=1)
+        [
+            clean(pick(r, "plan") or "-"),
+            show(pick(r, "predicted_ratio")),
+            show(pick(r, "measured_ratio")),
+        ]
+        for r in (rounds if isinstance(rounds, list) else [])
     ]
     if steps:
-        text = "The plan was built, timed and chosen anew until its measured latency fitted:"
-        head = ["round", "predicted layer ratio", "measured layer ratio"]
+        text = (
+            "Plans of each kind were built, timed and chosen anew until their measured latency "
+            "fitted:"
+        )
+        head = ["plan", "predicted layer ratio", "measured layer ratio"]
         found += [Paragraph(text), Table(head, steps)]
     gap = number(pick(plan.search, "optimality_gap"))
     if gap is not None:

@@ -98,9 +98,10 @@ def _rounds(
             timing = yield choices, 2 * TIMING_SECONDS
             assert timing
             measured = engine.measured_ratio(choices, timing)
-        engine.rounds.append(
-            {"plan": name, "predicted_ratio": predicted, "measured_ratio": measured}
-        )
+        if engine.by_time:  # sizes are counted: there is no prediction to judge
+            engine.rounds.append(
+                {"plan": name, "predicted_ratio": predicted, "measured_ratio": measured}
+            )
         engine.report.detail(f"  {name}: predicted ratio {predicted:.3f}, measured {measured:.3f}")
         contender = Contender(name, choices, timing, measured, measured <= target)
         tried[digest(choices)] = contender

@@ -125,15 +125,18 @@ class Describer:
             "metric": metric,
         }  # fmt: skip
 
-    def by_workload(self, timing: Timing) -> dict[str, float]:
+    def by_workload(self, timing: Timing) -> dict[str, float | None]:
+        """Null where no searched layer takes time."""
         names = [w.name for w in self.pipeline.prepared.workloads]
         return dict(zip(names, timing.by_workload, strict=True))
 
     def evidence(self, decision: Decision, chosen: Contender) -> dict[str, Any]:
         """How the search went: gap, trials, additivity, prices, prediction errors (plan.json)."""
-        first = [r for r in self.engine.rounds if r["plan"] != "dense"]
+        # Of the searched plan alone: no other one was solved with them.
+        weights = decision.weights if chosen is decision.winner else {}
         pairs = [
-            (float(str(r["predicted_ratio"])), float(str(r["measured_ratio"]))) for r in first
+            (float(str(r["predicted_ratio"])), float(str(r["measured_ratio"])))
+            for r in self.engine.rounds
         ]
         return {
             "optimality_gap": self.engine.gap,
@@ -156,7 +159,7 @@ class Describer:
             "timing_noise": self.noise(),
             "additivity": self.engine.additivity,
             "optuna": self.engine.tuning,
-            "price": price(self.engine, chosen, decision.weights),
+            "price": price(self.engine, chosen, weights),
         }
 
     def noise(self) -> dict[str, Any]:

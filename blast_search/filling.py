@@ -26,8 +26,9 @@ def filled(engine: Engine, decision: Decision, uniform: Contender) -> Contender 
     def make(ratio: float) -> Choices:
         return engine.solve(no_worse(engine, uniform.choices), ratio).choices
 
-    asked = engine.latency.asked_correction(uniform.choices, uniform.ratio)
-    engine.latency.correction = bounded(asked)
+    if engine.by_time:  # else the ratio is one of sizes, which says nothing about latency
+        asked = engine.latency.asked_correction(uniform.choices, uniform.ratio)
+        engine.latency.correction = bounded(asked)
     name = f"{FILLED} {uniform.name}"
     found = meet(engine, name, make, target)
     if found is None or not found.feasible or found.choices == uniform.choices:

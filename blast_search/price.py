@@ -40,10 +40,15 @@ def price(engine: Engine, contender: Contender, weights: Mapping[str, float]) ->
     down.sort(key=lambda pair: -pair[0])  # loss per cost is negative: least harm per saving first
     up.sort(key=lambda pair: pair[0])  # most gain per cost first
     return {
-        "loss_per_percent": -down[0][0] * MOVE * dense if down else None,
+        "loss_per_percent": _per_percent(down[0][1]) if down else None,
         "layers": _first(down, MOVE),
         "looser": _first(up, MOVE),
     }
+
+
+def _per_percent(change: Mapping[str, Any]) -> float:
+    """Without the weights that ordered the changes: they are relative, no unit of loss."""
+    return float(change["loss"] / -change["cost_percent"])
 
 
 def _item(group: Group, pick: int, k: int, cost: float) -> dict[str, Any]:

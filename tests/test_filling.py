@@ -49,7 +49,9 @@ def decision(winner: Contender, target: float = TARGET) -> Decision:
 
 def test_a_filled_plan_uses_the_budget_and_is_worse_in_no_layer(engine: Engine):
     start = uniform(engine)
+    before = engine.latency.correction
     larger = filled(engine, decision(start), start)
+    assert engine.latency.correction == before  # the ratio here is one of sizes
     assert larger
     assert larger.name == f"{FILLED} uniform low rank"
     assert start.ratio < larger.ratio <= TARGET
@@ -60,6 +62,7 @@ def test_a_filled_plan_uses_the_budget_and_is_worse_in_no_layer(engine: Engine):
     assert all(a <= b for a, b in zip(losses["after"], losses["before"], strict=True))
     assert sum(losses["after"]) < sum(losses["before"])
     assert engine.points[-1].name == larger.name
+    assert engine.rounds == []  # counted, not predicted: nothing that could be off
 
 
 def test_nothing_is_filled_where_little_is_left(engine: Engine):
