@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -121,18 +122,30 @@ class Comparison:
         )
 
     def _gain(self, search: Row, other: Row) -> tuple[str, str]:
-        """A win, a tie or a loss of the search by its final metric, and the figures."""
-        sign = 1 if self.higher_is_better else -1
-        gains = [sign * (a - b) for a, b in zip(search.final, other.final, strict=True)]
-        gain = Interval.of(gains)
-        size = f"{self.metric} {abs(gain.mean):.4g} {'better' if gain.mean >= 0 else 'worse'}"
+        """A win, a tie or a loss of the search by its final metric, and the figures.
+
+        What is lower where it is better (perplexity, an error) is positive and varies by factors,
+        so it is compared by its logarithm: of differences, a rival's wild spread would make a tie
+        of being a thousand times better.
+        """
+        pairs = list(zip(search.final, other.final, strict=True))
+        by_factor = not self.higher_is_better and all(min(pair) > 0 for pair in pairs)
+        if by_factor:
+            gain = Interval.of([math.log(b / a) for a, b in pairs])
+            size = f"{self.metric} {math.exp(-gain.mean):.4g} times the other's"
+        else:
+            sign = 1 if self.higher_is_better else -1
+            gain = Interval.of([sign * (a - b) for a, b in pairs])
+            size = f"{self.metric} {abs(gain.mean):.4g} {'better' if gain.mean >= 0 else 'worse'}"
         if gain.ci95 is None:
             result = "a tie" if gain.mean == 0 else "a win" if gain.mean > 0 else "a loss"
             return result, f"{size}; no interval from one value"
         low, high = gain.ci95
         result = "a win" if low > 0 else "a loss" if high < 0 else "a tie"
-        pairs = f"95% interval of the gain {low:+.4g} to {high:+.4g} over {len(gains)} seeds"
-        return result, f"{size} ({pairs})"
+        interval = f"95% interval of the gain {low:+.4g} to {high:+.4g}"
+        if by_factor:
+            interval = f"95% interval {math.exp(-high):.4g} to {math.exp(-low):.4g}"
+        return result, f"{size} ({interval} over {len(pairs)} seeds)"
 
     # ---- how it is shown ----------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -219,6 +220,18 @@ def test_wins_ties_and_losses_are_called_by_name():
     assert one.verdicts == ["Monarch: a loss, m 0.1 worse; no interval from one value."]
     better = comparison(True, search, row("uniform BLAST", (0.7, 0.7, 0.7)))
     assert "would keep the uniform BLAST plan" in better.verdicts[-1]
+
+
+def test_lower_is_better_is_compared_by_factors():
+    """One wild value of a rival that is always worse makes no tie."""
+    search = row("full search", (400.0, 380.0, 390.0))
+    wild = row("block-diagonal", (3e5, 5e5, 2.4e6))
+    (text,) = comparison(False, search, wild).verdicts
+    assert text.startswith("block-diagonal: a win, m 0.0005481 times the other's (95% interval ")
+    low, high = (float(w) for w in re.findall(r"interval (\S+) to (\S+) over 3 seeds", text)[0])
+    assert low < 0.0005481 < high < 0.01
+    signed = comparison(False, row("full search", (0.0,)), row("Monarch", (0.5,)))  # no factors
+    assert signed.verdicts == ["Monarch: a win, m 0.5 better; no interval from one value."]
 
 
 def test_interval_of_students_t():
