@@ -90,8 +90,12 @@ class Models:
                 begin = time.monotonic()
                 retrain(task, model, self.prepared.model, 3, self.settings.seed)
             per_step = (time.monotonic() - begin) / 3
+            begin = time.monotonic()
+            with suppress(IncompatibleInputError):
+                evaluate(task, model)
+            judging = time.monotonic() - begin
             left = 60 * limit - (time.monotonic() - self.pipeline.started)
-            each = 0.8 * left / contenders - building
+            each = 0.8 * left / contenders - building - judging
             return max(1, min(steps, int(each / per_step)))
 
         return int(self.records.once("steps", "steps", "retraining steps", affordable))

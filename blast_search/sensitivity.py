@@ -11,7 +11,6 @@ Probes and fits are measurements, appended to probes.csv as they finish and neve
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,11 +136,6 @@ def _probe(
         def record(index: int, losses: list[float]) -> None:
             layer = new[index]
             name, probe, loss = layer.name, targets[layer], fmean(losses)
-            if not math.isfinite(loss):
-                raise IncompatibleInputError(
-                    f"layer {name}: the model's output is not finite with {probe.key} in its "
-                    "place. Exclude the layer in the search space."
-                )
             probes.add("probe", name, probe, fitter.basis(name).error(probe.rank), loss)
             advance()
 
