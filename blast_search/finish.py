@@ -141,7 +141,10 @@ class Finish:
         self.pipeline.took("retrain", since)
         error = self.drop_error(values[key])
         plan = self.describer.plan(decision, contenders[key], metrics, after, error is None)
-        model = self.models.keep(key, contenders[key], plan, bool(steps) and key != DENSE_KEY)
+        trained = bool(steps) and key != DENSE_KEY
+        if trained:
+            self.models.retrained(key, contenders[key], plan, steps)
+        model = self.models.keep(key, contenders[key], plan, trained)
         for name, contender in contenders.items():
             self.describer.plan(decision, contender, metrics, after).save(
                 self.folder / "plans" / f"{name.replace('_', '-')}.json"
@@ -156,7 +159,9 @@ class Finish:
         """The metric of each contender after retraining; nothing where there is none."""
         try:
             return {
-                key: self.models.retrained(key, c, self.describer.plan(decision, c), steps)
+                key: self.models.retrained(
+                    key, c, self.describer.plan(decision, c), steps, weights=False
+                )
                 for key, c in contenders.items()
                 if steps
             }

@@ -132,7 +132,8 @@ class Models:
     ) -> float:
         """The metric after `steps` of retraining; the model is kept in models/<key>.
 
-        Without `weights` a value on file will do, even if the model is there no more.
+        Without `weights` a value on file will do, even if the model is there no more: of a run
+        that is resumed at its end, only the winner's model is wanted.
         """
         folder = self.folder / key
         kind = f"retrained {steps} steps"
@@ -154,14 +155,13 @@ class Models:
         return float(self.records.once(*known, key, train))
 
     def twin(self, key: str, contender: Contender) -> Path | None:
-        """Another contender's folder with the weights of the same plan."""
-        folders = sorted(self.folder.glob("[!.]*"))
-        return next((f for f in folders if f.name != key and self.holds(f.name, contender)), None)
+        """A folder with the same plan's weights: another contender's, or the finished run's."""
+        folders = [*sorted(self.folder.glob("[!.]*")), self.pipeline.folder / "model"]
+        return next((f for f in folders if f.name != key and _holds(f, contender)), None)
 
     def holds(self, key: str, contender: Contender) -> bool:
         """Whether models/<key> holds this contender's weights."""
-        folder = self.folder / key
-        return (folder / "plan.json").is_file() and Plan.load(folder).choices == contender.choices
+        return _holds(self.folder / key, contender)
 
     def trained(
         self, key: str, contender: Contender, steps: int, seed: int, plan: Plan | None = None
@@ -198,6 +198,10 @@ class Models:
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
         return model
+
+
+def _holds(folder: Path, contender: Contender) -> bool:
+    return (folder / "plan.json").is_file() and Plan.load(folder).choices == contender.choices
 
 
 def copy_folder(source: Path, target: Path) -> None:

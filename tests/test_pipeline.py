@@ -19,7 +19,7 @@ from torch import nn
 from toy import ToyTask
 
 import blast_search as bs
-from blast_search import decision, pipeline
+from blast_search import decision, models, pipeline
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.errors import (
     BlastSearchError,
@@ -45,6 +45,9 @@ OPTIONS = {"space": SPACE, "workers": "local", "trials": 3, "retrain_steps": 2}
 def run(tmp_path_factory) -> bs.Run:
     out = tmp_path_factory.mktemp("run") / "toy"
     return bs.search(ToyTask(), budget=0.8, out=out, **OPTIONS)
+
+
+LOGS = ("latency.csv", "probes.csv", "measured.csv")
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -109,14 +112,19 @@ def test_study_is_an_optuna_study(run: bs.Run):
     assert all(value <= 0 for value in first.constraints.values())
 
 
-def test_resuming_a_finished_run_measures_nothing_and_keeps_the_plan(run: bs.Run, tmp_path: Path):
+def test_resuming_a_finished_run_measures_nothing_and_keeps_the_plan(
+    run: bs.Run, tmp_path: Path, monkeypatch
+):
     copy = tmp_path / "copy"
     shutil.copytree(run.folder, copy)
     (copy / "plan.json").unlink()
-    before = {name: (copy / name).read_text() for name in ("latency.csv", "probes.csv")}
+    monkeypatch.setattr(models, "recover", None)  # nothing is retrained either
+    before = {name: (copy / name).read_text() for name in LOGS}
+    weights = (copy / "model" / "model.safetensors").read_bytes()
     again = bs.search(ToyTask(), budget=0.8, out=copy, resume=True, **OPTIONS)
     assert again.plan.choices == run.plan.choices
     assert {name: (copy / name).read_text() for name in before} == before
+    assert (copy / "model" / "model.safetensors").read_bytes() == weights
 
 
 def test_same_table_same_plan_with_ray_and_local(run: bs.Run, tmp_path: Path):
@@ -257,8 +265,8 @@ def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
     # trials, and that plan wins, or a uniform one that recovered better.
     assert set(run.plan.baselines) > {"dense"}
     if run.plan.search["trials"]:
-        assert run.plan.search["trials"] == OPTIONS["trials"]
-        # A toy's few candidates may make too few different plans for a statement.
+        # A toy's few candidates may make too few different plans for all, or for a statement.
+        assert run.plan.search["trials"] <= OPTIONS["trials"]
         assert run.plan.search["additivity"].get("plans", 5) >= 5
     else:
         verdict = run.plan.search["verdict"]
@@ -319,9 +327,6 @@ def test_uniform_space_gives_uniform_plans(tmp_path: Path):
 def lines(path: Path) -> list[str]:
     text = path.read_text() if path.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()
-
-
-LOGS = ("latency.csv", "probes.csv", "measured.csv")
 
 
 @pytest.mark.slow
