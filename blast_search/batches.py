@@ -29,15 +29,22 @@ def call_model(model: nn.Module, batch: Batch) -> Any:
     return model(batch)
 
 
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Where a model takes its inputs, and in which floating dtype (None: it has none).
+
+    Its first parameter may well be of integers, or complex, into which no input is to be cast.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return next(model.parameters()).device, dtype
+
+
 def to_device(batch: Any, model: nn.Module) -> Any:
     """The batch on the device of the model's parameters; floating inputs in their dtype."""
-    parameter = next(model.parameters())
+    device, dtype = _place(model)
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.to(
-                parameter.device, parameter.dtype if value.is_floating_point() else None
-            )
+            return value.to(device, dtype if value.is_floating_point() else None)
         if isinstance(value, Mapping):
             return {key: move(item) for key, item in value.items()}
         if isinstance(value, tuple | list):
@@ -87,12 +94,11 @@ def anywhere(*models: nn.Module) -> Iterator[None]:
                 return to_device(args, model), to_device(kwargs, model)
 
             def leave(model: nn.Module, args: Any, output: Any, came: list[Tensor] = came) -> Any:
-                parameter = next(model.parameters())
                 if not came:
                     return output
-                first = came.pop()
-                same = not first.is_floating_point() or first.dtype == parameter.dtype
-                if same and first.device == parameter.device:
+                first, (device, dtype) = came.pop(), _place(model)
+                same = not first.is_floating_point() or dtype in (None, first.dtype)
+                if same and first.device == device:
                     return output
 
                 def back(value: Any) -> Any:
@@ -167,14 +173,19 @@ def divergence(output: Any, reference: Any, batch: Batch) -> Tensor:
 
     KL(dense || compressed) in nats per position for logits; otherwise the squared error relative
     to the reference's squared norm.  Padding is left out.
+
+    Classes are in the last dimension, or in the second of images (B, classes, height, width).  One
+    alone is no distribution but a number (regression), for which it is the squared error, too.
     """
     (found, logits), (wanted, _) = output_tensor(output), output_tensor(reference)
     found, wanted = found.float(), wanted.float()
+    if logits and wanted.dim() == 4:
+        found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
     mask = token_mask(batch, tuple(wanted.shape)) if wanted.dim() > 2 else None
     if mask is not None:
         found, wanted = found[mask], wanted[mask]
-    if logits:
-        width = wanted.shape[-1]
+    width = wanted.shape[-1] if wanted.dim() else 1
+    if logits and width > 1:
         found, wanted = (t.reshape(-1, width).log_softmax(-1) for t in (found, wanted))
         return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
     return (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)

@@ -10,7 +10,7 @@ from test_layers import found
 from torch import nn
 from toy import ToyTask
 
-from blast_search.batches import divergence, output_tensor
+from blast_search.batches import anywhere, divergence, output_tensor, to_device
 from blast_search.calibrate import collect_grams
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import evaluate
@@ -43,11 +43,12 @@ def test_modes_inside_a_model_come_back():
     assert {name: m.training for name, m in teacher.named_modules()} == modes
 
 
-def test_divergence():
-    class Output:
-        def __init__(self, logits):
-            self.logits = logits
+class Output:
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
 
+
+def test_divergence():
     a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     assert divergence(a, a, a) == 0
     assert divergence(2 * a, a, a) == pytest.approx(1.0)
@@ -60,6 +61,56 @@ def test_divergence():
     assert divergence(c, b, mask) == 0  # padding does not count
     with pytest.raises(IncompatibleInputError, match="without a tensor"):
         output_tensor("text")
+
+
+def test_one_logit_alone_is_no_distribution():
+    """Regression heads return one; its softmax is 1 whatever it is, and all plans looked free."""
+    a, b = torch.randn(4, 1), torch.randn(4, 1)
+    assert divergence(Output(a), Output(b), None) == divergence(a, b, None) > 0
+    assert divergence(Output(a), Output(a), None) == 0
+    a, b = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3)  # of each pixel
+    assert divergence(Output(a), Output(b), None) == divergence(a, b, None)
+
+
+def test_the_classes_of_an_image_are_in_its_second_dimension():
+    a, b = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    rows = [t.movedim(1, -1).reshape(-1, 5) for t in (a, b)]
+    wanted = divergence(Output(rows[0]), Output(rows[1]), None)
+    assert divergence(Output(a), Output(b), None) == pytest.approx(float(wanted))
+
+
+def test_inputs_get_the_dtype_of_floating_parameters_only():
+    def model(*parameters: torch.Tensor) -> nn.Module:
+        return nn.ParameterList(nn.Parameter(p, requires_grad=False) for p in parameters)
+
+    ids, phases, half = torch.arange(3), torch.zeros(2).cfloat(), torch.ones(2).half()
+    batch = {"x": torch.tensor([0.5, 1.5]), "ids": ids, "phases": phases}
+    for parameters, dtype in (((ids, phases, half), torch.half), ((ids, phases), torch.float32)):
+        moved = to_device(batch, model(*parameters))
+        assert moved["x"].dtype is dtype
+        assert torch.equal(moved["x"], batch["x"].to(dtype))
+        assert moved["ids"].dtype is torch.int64
+        assert moved["phases"].dtype is torch.complex64
+
+
+def test_outputs_come_back_in_their_dtype_whatever_the_first_parameter_is():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = nn.Parameter(torch.arange(2), requires_grad=False)
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    x = torch.randn(3, 4)
+    for dtype in (torch.float32, torch.float64):
+        model = Counting()
+        model.fc.to(dtype)
+        with anywhere(model):
+            y = model(x)
+        assert y.dtype is torch.float32
+        torch.testing.assert_close(y, model.fc(x.to(dtype)).float())
 
 
 @dataclass
