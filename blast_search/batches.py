@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from blast_search.errors import IncompatibleInputError
+from blast_search.fused import unfused
 
 Batch = Any  # Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -200,7 +201,8 @@ def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[Any]:
     """
     outputs = []
     for index, batch in enumerate(batches):
-        output = call_model(model, to_device(batch, model))
+        with unfused():
+            output = call_model(model, to_device(batch, model))
         if not bool(output_tensor(output)[0].isfinite().all()):
             raise IncompatibleInputError(
                 f"the model's output on calibration batch {index} is not finite (NaN or "
@@ -216,7 +218,9 @@ def divergences(
 ) -> Iterator[float]:
     """`divergence` of one calibration batch after another."""
     for batch, reference in zip(batches, references, strict=True):
-        yield float(divergence(call_model(model, to_device(batch, model)), reference, batch))
+        with unfused():
+            output = call_model(model, to_device(batch, model))
+        yield float(divergence(output, reference, batch))
 
 
 def spread(count: int) -> list[int]:

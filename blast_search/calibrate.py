@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blast_search.batches import Batch, call_model, evaluating, to_device, token_mask
 from blast_search.errors import IncompatibleInputError
+from blast_search.fused import unfused
 from blast_search.layers import get_modules
 from blast_search.space import LayerSpec
 
@@ -45,7 +46,7 @@ def collect_grams(
             for name, module in modules.items()
         ]
         try:
-            with evaluating(model):
+            with evaluating(model), unfused():
                 as_one = all(attempt.run(model, batch) for batch in batches)
         finally:
             for hook in hooks:

@@ -25,6 +25,7 @@ from blast_search.batches import (
     to_device,
 )  # fmt: skip
 from blast_search.fitting import Fitter
+from blast_search.fused import differentiable, unfused
 from blast_search.layers import swapped
 from blast_search.plan import Choices
 from blast_search.space import LayerSpec
@@ -105,6 +106,8 @@ class Judge:
             stack.enter_context(swapped(self.model, self.layers, modules))
             stack.enter_context(frozen(self.model))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(differentiable(self.model))
+            stack.enter_context(unfused())
             for layer in self.layers:
                 hook = modules[layer.name].register_forward_hook(
                     watch(layer.name), with_kwargs=True

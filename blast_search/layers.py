@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from blast_search.batches import Batch, call_model, evaluating, output_tensor, to_device
 from blast_search.errors import IncompatibleInputError
+from blast_search.fused import unfused
 from blast_search.space import Call, LayerSpec, SearchSpace
 
 
@@ -181,7 +182,7 @@ def _trace(
         for workload in workloads:
             weight, name = workload.weight, workload.name
             try:
-                with torch.no_grad(), evaluating(model):
+                with torch.no_grad(), evaluating(model), unfused():
                     output = call_model(model, to_device(workload.batch, model))
             except Exception as error:
                 raise IncompatibleInputError(

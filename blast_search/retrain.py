@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from blast_search.batches import Batch, anywhere, evaluating, to_device
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.evaluate import Task, evaluate, worse_by
+from blast_search.fused import differentiable, unfused
 from blast_search.matrix import BlastLinear
 from blast_search.progress import SILENT, Reporter
 from blast_search.structured import StructuredLinear
@@ -193,7 +194,9 @@ def _training(
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with evaluating(model, teacher):  # dropout would add noise to a distillation target
+        # In eval mode, as dropout would add noise to a distillation target; the teacher without
+        # gradients computes as the model does with them.
+        with evaluating(model, teacher), differentiable(model, teacher), unfused():
             yield
     finally:
         for parameter, flag in flags:
