@@ -56,6 +56,19 @@ def to_device(batch: Any, model: nn.Module) -> Any:
     return move(batch)
 
 
+def move_model(
+    model: nn.Module, device: torch.device | str, dtype: torch.dtype | None
+) -> nn.Module:
+    """Move a model, in place, to a device and its floating-point tensors to a dtype (None: kept).
+
+    `model.to` would also make complex tensors real, their imaginary part lost.
+    """
+    model._apply(  # type: ignore[no-untyped-call]
+        lambda t: t.to(device, dtype if t.is_floating_point() else None)
+    )
+    return model
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Within it, models are in eval mode; afterwards every submodule is in the mode it had.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blast_search.batches import move_model
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task, workloads_of
 from blast_search.latency import cells_for, describe, fingerprint
@@ -62,7 +63,7 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
         workloads = workloads_of(task, settings.workload)
         model = task.model().eval()
     note = _dtype_note(model, settings.dtype)
-    model = model.to("meta" if meta else device, dtype)
+    model = move_model(model, "meta" if meta else device, dtype)
     layers, skipped = inventory(model, workloads, space)
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:4])

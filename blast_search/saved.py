@@ -16,6 +16,7 @@ from torch import nn
 
 from blast_search import apply as apply_plan
 from blast_search import load, save
+from blast_search.batches import move_model
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.evaluate import (
     Task,
@@ -120,7 +121,7 @@ def _fresh(factory: Callable[[], nn.Module], plan: Plan) -> Callable[[], nn.Modu
     """A factory whose models are new ones even if the given one returns the same each time; on
     the GPU where there is one, in the dtype that the plan was searched and measured in."""
     device, dtype = pick_device("auto"), _dtype(plan)
-    return lambda: copy.deepcopy(factory()).to(device, dtype)
+    return lambda: move_model(copy.deepcopy(factory()), device, dtype)
 
 
 def _dtype(plan: Plan) -> torch.dtype | None:
@@ -196,8 +197,9 @@ def verify(
     device = pick_device(kind)
     dtype = _dtype(plan) or torch.float32
     factory = _fresh(loaded.model, plan)
-    model = load(folder, factory).eval().to(device, dtype)
-    dense = factory().eval().to(device, dtype)
+    model, dense = (
+        move_model(m.eval(), device, dtype) for m in (load(folder, factory), factory())
+    )
     workloads = workloads_of(loaded, plan.search.get("workload") or None)
     everything = SearchSpace(output_head=True)
     layers = [ly for ly in inventory(dense, workloads, everything)[0] if ly.name in plan.layers]

@@ -161,6 +161,31 @@ class Half(ToyTask):
         return super().model().to(torch.bfloat16)
 
 
+class Turning(ToyTask):
+    """Its model has complex numbers, as rotations (rotary embeddings) and spectral layers do."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model.turns = nn.Parameter(torch.tensor([1 + 2j]))
+        model.register_buffer("angles", torch.tensor([3j]))
+        return model
+
+
+def turning() -> Turning:
+    return Turning()
+
+
+def test_complex_numbers_keep_their_imaginary_part(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        model = prepare(Turning(), Settings(budget=0.5, dtype=dtype), SearchSpace()).model
+        assert (model.turns.item(), model.angles.item()) == (1 + 2j, 3j)
+        assert model.head.weight.dtype is getattr(torch, dtype)
+    replace(toy_plan(), environment={"dtype": "bfloat16"}).save("plan.json")
+    assert call("apply", "plan.json", "--task", f"{__name__}:turning", "--out", "m", "-q") == 0
+    assert bs.load("m", Turning().model).turns.item() == 1 + 2j
+
+
 def test_a_model_in_another_dtype_than_asked_is_said():
     def note(task: ToyTask, dtype: str) -> str:
         return prepare(task, Settings(budget=0.5, dtype=dtype), SearchSpace()).note
