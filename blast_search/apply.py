@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from blast_search.batches import Batch
 from blast_search.calibrate import collect_grams
@@ -20,7 +21,7 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.factorize import SWEEPS
 from blast_search.files import make_folder, sha256_file, sha256_json, write_bytes
 from blast_search.fitting import Fitter
-from blast_search.layers import dense_weight, is_linear, set_modules
+from blast_search.layers import dense_weight, is_linear, set_modules, state_of, unlike_linear
 from blast_search.matrix import BlastLinear
 from blast_search.plan import Plan
 from blast_search.space import Call, LayerSpec
@@ -63,7 +64,8 @@ def plan_layers(model: nn.Module, plan: Plan, finite: bool = True) -> list[Layer
             )
         if not is_linear(module):
             raise IncompatibleInputError(
-                f"layer {name} is a {type(module).__name__}, expected a linear layer."
+                f"layer {name} is a {type(module).__name__}, expected a linear layer"
+                f"{f': {why}' if (why := unlike_linear(module)) else ''}."
             )
         weight = dense_weight(module)
         if tuple(weight.shape) != (item.out_features, item.in_features):
@@ -138,7 +140,8 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
         plan: defaults to the plan that `apply` left on the model.
 
     Raises:
-        IncompatibleInputError: the model carries no plan, or holds values that are not finite.
+        IncompatibleInputError: the model carries no plan, or holds parameters that are not finite
+            or state that is no tensor.
     """
     plan = plan or getattr(model, "blast_plan", None)
     if not isinstance(plan, Plan):
@@ -147,9 +150,10 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[tuple[Any, ...], str] = {}
+    stored: set[int] = set()
     # Buffers may well hold infinities: a causal mask does.
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, value in model.state_dict().items():
+    for name, value in state_of(model).items():
         if name in parameters and not bool(value.isfinite().all()):
             raise IncompatibleInputError(f"{name} holds NaN or infinity; it is not saved.")
         # A transposed twin has the same memory and, where it is square, the same shape.
@@ -159,7 +163,11 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
             aliases[name] = owners[key]
             continue
         owners[key] = name
-        tensors[name] = value.detach().cpu().contiguous()
+        own = value.detach().cpu().contiguous()
+        if own.untyped_storage().data_ptr() in stored:  # a slice of another one, say
+            own = own.clone()  # safetensors refuses memory that two tensors share
+        stored.add(own.untyped_storage().data_ptr())
+        tensors[name] = own
     data = save_tensors(tensors, {"aliases": json.dumps(aliases), "format": "pt"})
     fresh = folder / f"{WEIGHTS}.new"
     write_bytes(fresh, data)  # what can fail (a full disk) fails with the old files in place
@@ -176,12 +184,14 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Modul
 
     Raises:
         IncompatibleInputError: no such folder, a damaged or foreign weight file (also a pickle),
-            a digest that does not match, weights that are not finite, or another model.
+            a digest that does not match, weights that are not finite, another model, or one
+            without memory for its tensors.
     """
     folder = Path(folder)
     plan = Plan.load(folder)
     tensors = read_weights(folder / WEIGHTS, plan.weights_sha256)
     model = model_factory()
+    _check_memory(model)
     layers = plan_layers(model, plan, finite=False)  # factories may leave weights uninitialised
     modules: dict[str, nn.Module] = {}
     for layer in layers:
@@ -202,10 +212,28 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Modul
     for name, value in tensors.items():
         if name in parameters and not bool(value.isfinite().all()):
             raise IncompatibleInputError(f"{folder / WEIGHTS}: {name} holds NaN or infinity.")
+    built = {p.dtype for p in parameters.values() if p.is_floating_point()}
+    kept = {tensors[name].dtype for name in parameters if tensors[name].is_floating_point()}
+    if len(kept) == 1 and kept != built:  # the model was cast, and with it what is not saved
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(next(iter(kept)))
     for name, value in model.state_dict(keep_vars=True).items():
         value.data = value.data.to(tensors[name].dtype)  # or it would be rounded
     model.load_state_dict(tensors)
     return model
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuse a model whose tensors have no memory yet, into which nothing can be loaded."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    empty = [name for name, tensor in tensors.items() if is_lazy(tensor) or tensor.is_meta]
+    if empty:
+        raise IncompatibleInputError(
+            f"the model of the model_factory has no memory for {len(empty)} tensors, as for "
+            f"{', '.join(empty[-3:])}. Build it on a real device, not on 'meta'; where it has "
+            "lazy layers, run one batch through it in the factory."
+        )
 
 
 def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:

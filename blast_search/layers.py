@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from blast_search.batches import Batch, call_model, evaluating, output_tensor, to_device
 from blast_search.errors import IncompatibleInputError
@@ -34,13 +35,28 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear (also a subclass that keeps its forward), or Hugging Face's Conv1D."""
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return (plain and not hasattr(module, "parametrizations")) or is_conv1d(module)
+    return (isinstance(module, nn.Linear) or is_conv1d(module)) and not unlike_linear(module)
 
 
-def _is_special(module: nn.Module) -> bool:
-    """A kind of nn.Linear that may not be replaced, as it computes something else."""
-    return isinstance(module, nn.Linear) and not is_linear(module)
+def unlike_linear(module: nn.Module) -> str:
+    """Why a kind of linear layer may not be replaced: it is not (or not yet) what nn.Linear is.
+
+    "" for one that may be, and for modules of other kinds.
+    """
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return ""
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized"
+    if "forward" in vars(module):  # accelerate's hooks are put there
+        return "its forward was replaced on the module itself"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    weight: Any = module.weight
+    if is_lazy(weight):
+        return "not initialised yet: run one batch through the model first"
+    if not weight.is_floating_point():
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not floating-point"
+    return ""
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -49,6 +65,22 @@ def dense_weight(module: nn.Module) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__} has no weight tensor.")
     return weight.detach().T if is_conv1d(module) else weight.detach()
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state_dict, all of which a saved model holds.
+
+    Raises:
+        IncompatibleInputError: some of it is no tensor (a module's get_extra_state).
+    """
+    state: dict[str, Any] = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise IncompatibleInputError(
+                f"{name} is a {type(value).__name__}, and models are saved as tensors only. Have "
+                "get_extra_state return a tensor, or keep it out of the model."
+            )
+    return state
 
 
 def find_layers(
@@ -70,9 +102,10 @@ def inventory(
     """`find_layers`, and for every other linear layer the reason why it stays dense.
 
     Raises:
-        IncompatibleInputError: the model cannot be called with a workload, or a weight is not
-            finite.
+        IncompatibleInputError: the model cannot be called with a workload, a weight is not
+            finite, or the model could not be saved.
     """
+    state_of(model)  # what could not be saved is refused before a search, not after it
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
@@ -82,16 +115,14 @@ def inventory(
             owners[id(parameter)].append(paths[0])
 
     linears = {module: paths for module, paths in names.items() if is_linear(module)}
+    unlike = {module: why for module in names if (why := unlike_linear(module))}
     calls, heads = _trace(model, list(linears), workloads)
     # Their weights are read by a function that does not call them.
     attention = {m.out_proj for m in names if isinstance(m, nn.MultiheadAttention)}
     layers, skipped = [], {}
     for module, (name, *aliases) in names.items():
-        if _is_special(module):
-            parametrized = hasattr(module, "parametrizations")
-            skipped[name] = "its weight is parametrized" if parametrized else (
-                f"{type(module).__name__} has a forward of its own"
-            )  # fmt: skip
+        if module in unlike:
+            skipped[name] = unlike[module]
         if module not in linears:
             continue
         weight = dense_weight(module)

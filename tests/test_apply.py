@@ -210,6 +210,93 @@ def test_the_saved_dtype_comes_back_whatever_the_factory_builds(tmp_path: Path, 
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+class Scaled(nn.Module):
+    """A buffer that is not saved takes part in a product with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.register_buffer("mix", torch.randn(16, 16), persistent=False)
+        self.register_buffer("order", torch.arange(16), persistent=False)
+
+    def forward(self, x):
+        return self.b(self.a(x) @ self.mix)
+
+
+def test_buffers_that_are_not_saved_get_the_saved_dtype(tmp_path: Path):
+    torch.manual_seed(3)
+    model, layers = Scaled(), {"a": LayerPlan("blast", 2, 3, 16, 16)}
+    model = bs.apply(model, Plan(model={}, layers=layers)).bfloat16()
+    bs.save(model, tmp_path)
+
+    def factory() -> nn.Module:
+        torch.manual_seed(3)
+        return Scaled()
+
+    again, x = bs.load(tmp_path, factory), torch.randn(2, 16).bfloat16()
+    assert torch.equal(again(x), model(x))
+    assert again.order.dtype is torch.int64
+
+    def mixed() -> nn.Module:  # it builds the saved dtype, and knows which buffers need another
+        model = factory().bfloat16()
+        model.mix = model.mix.float()
+        return model
+
+    assert bs.load(tmp_path, mixed).mix.dtype is torch.float32
+
+
+def test_factories_whose_tensors_have_no_values_are_refused(saved: Path):
+    def meta() -> nn.Module:
+        with torch.device("meta"):
+            return Net()
+
+    def lazy() -> nn.Module:
+        model = Net()
+        model.blocks[2].fc1, model.head = nn.LazyLinear(1024), nn.LazyLinear(10)
+        return model
+
+    for factory in (meta, lazy):
+        with pytest.raises(IncompatibleInputError, match=r"model_factory.*head\.weight") as error:
+            bs.load(saved, factory)
+        assert "real device" in str(error.value)
+        assert "run one batch" in str(error.value)
+
+
+class Stateful(nn.Linear):
+    """Keeps something in its state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_state_that_cannot_be_saved_is_refused_before_the_search(tmp_path: Path):
+    model = nn.Sequential(nn.Linear(8, 8), Stateful(8, 8), nn.Linear(8, 2))
+    for workloads in ([], [Workload("w", torch.randn(2, 8))]):
+        with pytest.raises(IncompatibleInputError, match=r"1\._extra_state is a dict"):
+            bs.find_layers(model, workloads)
+    with pytest.raises(IncompatibleInputError, match=r"1\._extra_state is a dict"):
+        bs.save(model, tmp_path, Plan(model={}, layers={}))
+
+
+def test_buffers_that_share_memory_are_saved(tmp_path: Path):
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("table", torch.randn(6, 4))
+            self.register_buffer("start", self.table[:2])
+            self.register_buffer("flat", self.table.view(-1))
+            self.register_buffer("same", self.table)
+
+    model = Windows()
+    bs.save(model, tmp_path, Plan(model={}, layers={}))
+    loaded = bs.load(tmp_path, Windows).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
 def test_a_disk_that_is_full_leaves_the_old_model(tmp_path: Path, monkeypatch):
     model = bs.apply(ToyTask().model(), toy_plan())
     bs.save(model, tmp_path / "m")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 from torch import nn
 from toy import WIDTH, NanWeights, Net, ToyTask
 
-from blast_search import BlastLinear, find_layers
+from blast_search import BlastLinear, apply, find_layers
 from blast_search.errors import IncompatibleInputError
 from blast_search.layers import Stub, Workload, get_modules, inventory, stubs, swapped
+from blast_search.plan import LayerPlan, Plan
 from blast_search.space import Call, SearchSpace
 
 
@@ -165,6 +168,50 @@ def test_other_kinds_of_linear_layers_are_left_alone():
     assert [layer.name for layer in layers] == ["0"]
     assert skipped == {"1": "Scaled has a forward of its own", "2": "its weight is parametrized"}
     assert [layer.name for layer in find_layers(model)] == ["0"]
+
+
+def test_layers_that_compute_something_else_on_the_module_itself_are_left_alone():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.ReLU())
+    plain = model[1].forward
+    model[1].forward = lambda x: 2 * plain(x)  # as accelerate's hooks do
+    model[2].forward = MethodType(nn.Linear.forward, model[2])
+    reason = "its forward was replaced on the module itself"
+    layers, skipped = found(model, torch.randn(3, 8))
+    assert [layer.name for layer in layers] == ["0", "3"]
+    assert skipped == dict.fromkeys("12", reason)
+    plan = Plan(model={}, layers={"1": LayerPlan("blast", 2, 2, 8, 8)})
+    with pytest.raises(IncompatibleInputError, match=f"layer 1 .* linear layer: {reason}"):
+        apply(model, plan)
+
+
+def test_weights_that_are_not_floating_point_are_left_alone():
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.turn = nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.complex64)
+
+        def forward(self, x):
+            return self.turn(self.a(x).cfloat()).real
+
+    layers, skipped = found(Spectral(), torch.randn(3, 8))
+    assert [layer.name for layer in layers] == ["a"]
+    assert skipped == {"turn": "its weight is complex64, not floating-point"}
+
+
+def test_lazy_layers_need_a_batch_first():
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.ReLU()).eval()
+
+    lazy, ready, x = model(), model(), torch.randn(3, 8)
+    for workloads in ([], [Workload("w", x)]):
+        layers, skipped = inventory(lazy, workloads, SearchSpace())
+        assert [layer.name for layer in layers] == ["0"]
+        assert skipped == {"1": "not initialised yet: run one batch through the model first"}
+    ready(x)
+    assert [layer.name for layer in found(ready, x)[0]] == ["0", "1"]
+    plan = Plan(model={}, layers={"1": LayerPlan("blast", 2, 2, 8, 8)})
+    with pytest.raises(IncompatibleInputError, match=r"layer 1 .*run one batch"):
+        apply(model(), plan)
 
 
 def test_conv1d_is_found():
