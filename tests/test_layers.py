@@ -287,7 +287,7 @@ def test_models_may_read_what_a_stub_stands_for(conv: bool):
         make = lambda n, m: utils.Conv1D(m, n)  # noqa: E731
     model = Reading(make(6, 8), make(8, 8)).bfloat16().eval()
     x = torch.randn(2, 6)
-    layers, _ = found(model, x)
+    layers = find_layers(model)
     dense = get_modules(model, layers)
     assert len(dense) == 2
     owned = list(model.parameters())
@@ -297,6 +297,18 @@ def test_models_may_read_what_a_stub_stands_for(conv: bool):
         for mine, theirs in zip(model.parameters(), owned, strict=True):
             assert mine is theirs
     assert get_modules(model, layers) == dense
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_layers_whose_weight_the_model_reads_are_left_alone(conv: bool):
+    """A BLAST layer would build it at each read, which no timing of the layer sees."""
+    make = nn.Linear
+    if conv:
+        utils = pytest.importorskip("transformers.pytorch_utils")
+        make = lambda n, m: utils.Conv1D(m, n)  # noqa: E731
+    layers, skipped = found(Reading(make(6, 8), make(8, 8)), torch.randn(2, 6))
+    assert [layer.name for layer in layers] == ["second"]
+    assert skipped == {"first": "its weight is read by the model's forward"}
 
 
 def test_stubs_share_their_zeros():
