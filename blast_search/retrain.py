@@ -68,7 +68,8 @@ def retrain(
 
     Args:
         steps, learning_rate: default to the task's recipe.
-        seed: of the batches; equal seeds give equal batches to every contender.
+        seed: of the batches, and of PyTorch's generator, for losses that draw; equal seeds give
+            equal batches and draws to every contender, and after a resume.
 
     Raises:
         UsageError: fewer than 0 steps.
@@ -81,6 +82,7 @@ def retrain(
     parameters = trainable_parameters(model)
     if not parameters or steps == 0:
         return []
+    torch.manual_seed(seed)
     losses: list[float] = []
     device = parameters[0].device
     dtype, batches = autocast_dtype(device, teacher), _endless(task, seed)

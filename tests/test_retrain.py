@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-from toy import ToyTask
+from torch import Tensor, nn
+from toy import Net, ToyTask
 
 import blast_search as bs
 from blast_search import models
@@ -60,6 +60,18 @@ def test_flags_and_modes_come_back():
     assert all(m.training for m in teacher.modules())
     assert not model.head.weight.requires_grad
     assert all(p.requires_grad for p in model.blocks.parameters())
+
+
+def test_equal_seeds_give_equal_losses_also_where_the_task_draws(monkeypatch):
+    def masked(self: ToyTask, model: nn.Module, batch: Tensor, teacher: nn.Module) -> Tensor:
+        batch = batch * (torch.rand(batch.shape) > 0.5)
+        return (model(batch) - teacher(batch).detach()).square().mean()
+
+    monkeypatch.setattr(ToyTask, "loss", masked)
+    torch.manual_seed(1)
+    teacher, model = Net(), ToyTask().model
+    losses = [retrain(ToyTask(), model(), teacher, 2, seed) for seed in (5, 5, 6)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_training_data_that_ends_is_read_again(monkeypatch):
