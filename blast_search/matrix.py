@@ -23,6 +23,8 @@ from blast_search import kernels, product
 if TYPE_CHECKING:
     from blast_search.factors import Factors
 
+torch.fx.wrap("blast_matmul")  # one call in symbolic traces, as it looks at what x is
+
 
 def to_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     """The (m, n) matrix of the factors u (b, p, r), s (b, b, r), v (b, q, r)."""
@@ -34,19 +36,24 @@ def to_dense(u: Tensor, s: Tensor, v: Tensor) -> Tensor:
 def blast_matmul(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """x A^T + bias for the BLAST matrix A of the factors; never builds a (b, b, T, r) tensor.
 
-    Differentiable once.  The kernel is chosen by b, r, dtype and device (kernels.choose).
+    Differentiable once (under torch.func as often as wanted).  The kernel is chosen by b, r, dtype
+    and device (kernels.choose).
 
     Args:
         x: (..., n). u: (b, p, r). s: (b, b, r). v: (b, q, r). bias: (m,).
 
     Returns:
-        (..., m), the dtype of x (under autocast: the autocast dtype).
+        (..., m), the dtype of x (under autocast: the autocast dtype, but float64 as it is).
     """
     observed = product.observed(x)
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+    kind = "cpu" if x.is_cpu else x.device.type
+    # "meta" has no autocast; and as nn.Linear's, float64 is nothing to save time on.
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, u, s, v = x.to(dtype), u.to(dtype), s.to(dtype), v.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+    if not observed and product.transformed():
+        return product.plain(x, u, s, v, bias)
     if observed and len(u) == 1 and torch.compiler.is_compiling():
         # Plain products, which a compiler can fuse.
         return kernels.composed.low_rank(x, u, s, v, bias)
@@ -140,7 +147,10 @@ class BlastLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense (m, n) weight, rebuilt on each access (for code that reads `.weight`)."""
+        """The dense (m, n) weight, rebuilt on each access (for code that reads `.weight`).
+
+        So a search leaves alone the layers whose weight the model's forward reads.
+        """
         return self.to_dense()
 
     def to_dense(self) -> Tensor:
@@ -155,7 +165,8 @@ class BlastLinear(nn.Module):
             return blast_matmul(x, self.U, self.S, self.V, self.bias)
         if "S" in own:
             return blast_matmul(x, own["U"], own["S"], own["V"], own["bias"])  # type: ignore[arg-type]
-        if x.is_cuda and x.numel() > self.in_features and not product.observed(x):
+        # Asked of U first: a symbolic trace knows nothing of x.
+        if own["U"].is_cuda and not product.observed(x) and x.numel() > self.in_features:  # type: ignore[union-attr]
             # Two launches; a third one for couplings of one would be a tenth of the time.  For a
             # single token there is a faster kernel.
             return kernels.composed.low_rank(x, self.U, None, self.V, self.bias)
@@ -224,7 +235,7 @@ class BlastLinear(nn.Module):
             layer.register_buffer("S", weight.new_ones(1, 1, rank))
         if isinstance(bias, Tensor):
             with torch.no_grad():
-                layer.bias.copy_(bias)  # type: ignore[union-attr]
+                layer.bias.copy_(bias).requires_grad_(bias.requires_grad)  # type: ignore[union-attr]
         trainable = getattr(linear, "weight").requires_grad  # noqa: B009
         for factor in (layer.U, layer.S, layer.V):
             if isinstance(factor, nn.Parameter):

@@ -3,7 +3,8 @@
 Plain eager calls run the autograd function, or the bare kernel where no gradient is needed: the
 operator's dispatch costs some tens of microseconds, more than a small layer.  Whatever watches
 operators (torch.compile, export, FLOP counters, tracing) gets `blast_search::matmul`, which has
-a fake implementation, gradients, and formulas for PyTorch's and fvcore's counters.
+a fake implementation, gradients, and formulas for PyTorch's and fvcore's counters.  Function
+transforms and forward-mode AD get plain operations.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -123,6 +125,23 @@ def observed(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode AD is at work.
+
+    They know neither the kernels nor the autograd function; tangents would be lost silently.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def plain(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """The product in PyTorch's own operations only, for whatever has rules for these."""
+    blocks = torch.unflatten(x, -1, (len(v), v.shape[1]))
+    z = torch.einsum("...jq,jqr->...jr", blocks, v)
+    w = torch.einsum("...jr,ijr->...ir", z, s)
+    y = torch.einsum("...ir,ipr->...ip", w, u).flatten(-2)
+    return y if bias is None else y + bias
 
 
 @torch.library.custom_op(

@@ -75,12 +75,15 @@ class StructuredLinear(nn.Module):
         self.p, self.q = self.out_features // num_blocks, self.in_features // num_blocks
         self._new: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         bias = linear.bias
-        copied = nn.Parameter(bias.detach().clone()) if isinstance(bias, Tensor) else None
+        copied = None
+        if isinstance(bias, Tensor):
+            copied = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         self.register_parameter("bias", copied)
+        self._trainable = bool(getattr(linear, "weight").requires_grad)  # noqa: B009
         self.train(linear.training)
 
     def _parameter(self, std: float, *shape: int) -> nn.Parameter:
-        return nn.Parameter(torch.randn(*shape, **self._new) * std)
+        return nn.Parameter(torch.randn(*shape, **self._new) * std, self._trainable)
 
     def _split(self, x: Tensor) -> Tensor:
         """(T, n) as (b, T, q), without a copy."""

@@ -44,6 +44,17 @@ def loss(weight: Tensor, approximation: Tensor, gram: Tensor | None) -> float:
 SHAPES = [(24, 32), (32, 24), (16, 16)]
 
 
+@pytest.mark.parametrize("candidate", [Candidate(2, 3), BlockDiagonal(2, 0), Monarch(2, 2)])
+def test_what_was_frozen_stays_frozen(candidate: Candidate):
+    for weight, bias in ((True, False), (False, True)):
+        linear = nn.Linear(8, 6)
+        linear.weight.requires_grad_(weight)
+        linear.bias.requires_grad_(bias)
+        parameters = dict(empty_layer(linear, candidate).named_parameters())
+        assert parameters.pop("bias").requires_grad is bias
+        assert {p.requires_grad for p in parameters.values()} == {weight}
+
+
 @pytest.mark.parametrize("use_gram", [False, True])
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 @pytest.mark.parametrize("b", [1, 2, 4])
