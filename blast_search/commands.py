@@ -24,6 +24,7 @@ from blast_search.plan_check import check_text, cross_validated, measure_plans
 from blast_search.prepared import prepare
 from blast_search.profiling import Profiler
 from blast_search.progress import Reporter, console
+from blast_search.replan import read_layers
 from blast_search.runfolder import RunFolder
 from blast_search.settings import SETTING_NAMES, Settings
 from blast_search.space import LayerSpec, load_space
@@ -147,6 +148,10 @@ def profile(
     With `check`, random plans are built and timed (measured.csv): predicted against measured.
     """
     settings.check()
+    if out and (out / "config.yaml").is_file():
+        raise UsageError(
+            f"{out} is the folder of a run, which --out would change. Choose another."
+        )
     if dry_run:
         return forecast(asdict(settings) | {"out": out}, report, silent)
     loaded = load_task(settings.task)
@@ -157,10 +162,12 @@ def profile(
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = make_folder(out or Path("results") / f"profile-{loaded.name}-{stamp}")
     with locked(folder):
+        # First: a folder of another device or model is refused before anything in it is changed.
+        table = LatencyTable.open(folder / "latency.csv", prepared.fingerprint)
+        _check_layers(folder, prepared.layers)
         write_json(folder / "environment.json", prepared.environment)
         layers = [asdict(layer) for layer in prepared.layers]
         write_json(folder / "layers.json", {"layers": layers, "skipped": prepared.skipped})
-        table = LatencyTable.open(folder / "latency.csv", prepared.fingerprint)
         Profiler(prepared, table, workers, ray_address, report).run(settings.profile)
         latency = LatencyModel(prepared.layers, table)
         checked = (
@@ -185,6 +192,18 @@ def profile(
         "timing_noise": asdict(noise) | {"noisy": noise.noisy},
         "latency_check": errors,
     }
+
+
+def _check_layers(folder: Path, layers: list[LayerSpec]) -> None:
+    """Refuse a profile of other layers, those of another model or search space."""
+    if not (folder / "layers.json").is_file():
+        return
+    known, mine = ({(ly.name, ly.shape) for ly in some} for some in (read_layers(folder), layers))
+    if known != mine:
+        raise UsageError(
+            f"{folder} is a profile of other layers ({min(known ^ mine)[0]} differs). Choose "
+            "another --out; measured cells are shared between folders all the same."
+        )
 
 
 def _latency_table(layers: list[LayerSpec], table: LatencyTable) -> Table:
