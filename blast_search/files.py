@@ -202,6 +202,11 @@ def cache_folder() -> Path:
     return folder
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a search or a comparison was started in this folder."""
+    return (folder / "config.yaml").is_file()
+
+
 def make_folder(folder: Path) -> Path:
     """Create `folder`, or say in one line why it cannot be written."""
     try:

@@ -27,10 +27,10 @@ from blast_search.evaluate import (
     workloads_of,
     worse_by,
 )
-from blast_search.files import make_folder
 from blast_search.latency import describe
 from blast_search.layers import inventory
 from blast_search.model_latency import Timing, time_variants
+from blast_search.modelfolder import leaving
 from blast_search.plan import Plan
 from blast_search.progress import Reporter, console
 from blast_search.refresh import refresh as refresh_model
@@ -38,7 +38,7 @@ from blast_search.report import SCOPES, budget_text
 from blast_search.retrain import recover
 from blast_search.settings import DTYPES, pick_device
 from blast_search.space import SearchSpace
-from blast_search.tasks import load_task
+from blast_search.tasks import exit_text, load_task
 
 
 def _task_of(plan: Plan, task: str | None) -> Task:
@@ -54,6 +54,8 @@ def _factory(spec: str) -> Callable[[], nn.Module]:
     sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module), name)
+    except SystemExit as left:
+        raise UsageError(f"--model {spec}: the module {exit_text(left)}") from left
     except Exception as error:  # also what the module itself raises
         raise UsageError(
             f"--model {spec}: {type(error).__name__}: {error}. Expected pkg.module:function."
@@ -74,11 +76,11 @@ def apply(
 ) -> dict[str, Any]:
     """Build the compressed model of a plan; the task's calibration data shape its factors."""
     plan = Plan.load(plan_path)
-    make_folder(out)
-    factory, calibration = _dense(plan, task, model, report)
-    # What was measured of the plan's own model (it may have been retrained) is not true of this.
-    built = apply_plan(factory(), replace(plan, measured={}, baselines={}), calibration)
-    save(built, out)
+    with leaving(out):
+        factory, calibration = _dense(plan, task, model, report)
+        # What was measured of the plan's own model (perhaps retrained) is not true of this one.
+        built = apply_plan(factory(), replace(plan, measured={}, baselines={}), calibration)
+        save(built, out)
     report.say(f"{out}: {sum(not c.is_dense for c in plan.choices.values())} layers replaced")
     return {"folder": str(out), "layers": {n: c.key for n, c in plan.choices.items()}}
 
@@ -88,9 +90,10 @@ def refresh(
 ) -> dict[str, Any]:
     """The plan of a saved model on an updated dense checkpoint, from the old factors."""
     plan = Plan.load(folder)
-    factory, calibration = _dense(plan, task, model, report)
-    built, errors = refresh_model(folder, factory, calibration, report)
-    save(built, out or folder)
+    with leaving(out or folder, folder):
+        factory, calibration = _dense(plan, task, model, report)
+        built, errors = refresh_model(folder, factory, calibration, report)
+        save(built, out or folder)
     before, after = (
         sum(getattr(e, key) for e in errors.values()) / max(len(errors), 1)
         for key in ("before", "after")
@@ -154,7 +157,14 @@ def retrain(
         IncompatibleInputError: the last try failed (no batches, a loss that is not finite).
     """
     plan = Plan.load(folder)
-    loaded = _task_of(plan, task)
+    with leaving(out or folder, folder):
+        return _retrained(folder, plan, _task_of(plan, task), steps, out or folder, seed, report)
+
+
+def _retrained(
+    folder: Path, plan: Plan, loaded: Task, steps: int | None, target: Path, seed: int,
+    report: Reporter,
+) -> dict[str, Any]:  # fmt: skip
     factory = _fresh(loaded.model, plan)
     before = evaluate(loaded, load(folder, factory))
     found = recover(
@@ -162,7 +172,7 @@ def retrain(
     )
     if found.error:
         raise found.error
-    target, kept, name = out or folder, found.model is not None, loaded.metric[0]
+    kept, name = found.model is not None, loaded.metric[0]
     text = f"{name}: {before:.4f} before, {found.metric:.4f} after {found.steps} steps"
     if found.model is not None:
         if "metric" in plan.measured:

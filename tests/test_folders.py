@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from test_apply import toy_plan
+from toy import ToyTask
 
+import blast_search as bs
 from blast_search import cli
-from blast_search.files import append_row, write_json
+from blast_search.files import append_row, locked, write_json
 from blast_search.space import DENSE, Call, LayerSpec
 from blast_search.tables import FIELDS, Cell, cell_row
 
@@ -64,3 +67,61 @@ def test_a_profile_refuses_the_folder_of_another_device_or_model_untouched(capsy
     assert call(*PROFILE, "--out", ".") == 4
     assert "use another run folder (--out) here" in capsys.readouterr().err
     assert held(".") == before
+
+
+@pytest.fixture
+def run() -> Path:
+    """A run folder, as far as verbs look at it: its plan, and the model that it left."""
+    task = ToyTask()
+    bs.save(bs.apply(task.model(), replace(toy_plan(), task="toy:task")), "run/model")
+    bs.Plan.load("run/model").save("run/plan.json")
+    Path("run/config.yaml").write_text("seed: 0\n")
+    return Path("run")
+
+
+def test_models_are_not_left_over_what_a_run_wrote(run: Path, capsys):
+    plan, model = str(run / "plan.json"), str(run / "model")
+    before = held(run)
+    for out in ("run", "run/model", "run/../run/plans"):
+        assert call("apply", plan, "--out", out, "-q") == 2
+        assert "what a run has written. Choose another --out" in capsys.readouterr().err
+        if out != model:  # which may be named to be changed
+            assert call("retrain", model, "--out", out, "-q") == 2
+            assert call("refresh", model, "--out", out, "-q") == 2
+        capsys.readouterr()
+    assert call("retrain", "run", "--steps", "0", "-q") == 2
+    assert "the run's own model is in run/model" in capsys.readouterr().err
+    assert call("apply", plan, "--out", "run/other", "-q") == 0
+    assert {k: v for k, v in held(run).items() if "other" not in k} == before
+    assert call("retrain", model, "--steps", "0", "-q") == 0
+
+
+def test_a_folder_in_use_is_not_written(run: Path, capsys):
+    assert call("apply", str(run / "plan.json"), "--out", "built", "-q") == 0
+    before = held(".")
+    with locked(run):
+        assert call("retrain", "run/model", "--steps", "0", "-q") == 5
+        assert call("refresh", "run/model", "-q") == 5
+        assert "run is in use" in capsys.readouterr().err
+    with locked(Path("built")):
+        for verb in ("apply run/plan.json --out built", "retrain built", "refresh built"):
+            assert call(*verb.split(), "-q") == 5
+    assert held(".") == before
+
+
+def test_work_that_fails_leaves_no_new_folder(run: Path, capsys):
+    for out in ("late", "some/where/late"):
+        assert call("apply", "run/plan.json", "--task", "nothing", "--out", out, "-q") == 2
+    assert call("refresh", "run/model", "--task", "toy:no_linear", "--out", "late", "-q") == 4
+    assert {path.name for path in Path().iterdir()} == {"run"}
+    Path("here").mkdir()
+    assert call("apply", "run/plan.json", "--task", "nothing", "--out", "here", "-q") == 2
+    assert Path("here").is_dir()
+
+
+def test_a_model_module_that_exits_is_an_error(run: Path, monkeypatch, tmp_path: Path, capsys):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("script.py").write_text("import sys\nsys.exit(3)\n")
+    assert call("apply", "run/plan.json", "--model", "script:make", "--out", "x") == 2
+    assert "--model script:make: the module called sys.exit(3)" in capsys.readouterr().err
+    assert not Path("x").exists()

@@ -49,12 +49,13 @@ def load_task(spec: str) -> Task:
     module_name, colon, function_name = spec.partition(":")
     if not colon or not module_name or not function_name:
         raise UsageError(f"unknown task {spec!r}. {_FORMS} Run `blast-search tasks` for a list.")
-    return _check(spec, _call(spec, module_name, function_name))
+    return check_task(spec, _call(spec, module_name, function_name))
 
 
 def _load_hf(spec: str) -> Task:
     source, _, query = spec.removeprefix("hf:").partition("?")
-    options = parse_qs(query, keep_blank_values=True)
+    # parse_qs reads a plus as a space, which no name of a file means by it.
+    options = parse_qs(query.replace("+", "%2B"), keep_blank_values=True)
     if not source or set(options) - {"text", "dataset"} or [""] in options.values():
         raise UsageError(
             f"got the task {spec!r}. Expected hf:FOLDER, hf:FOLDER?text=FILE or "
@@ -90,6 +91,10 @@ def _call(spec: str, module_name: str, function_name: str) -> object:
             f"the module {module_name!r} of the task {spec!r} is not valid Python: {error}. "
             "Expected a module that can be imported; correct that line."
         ) from error
+    except SystemExit as left:
+        raise UsageError(
+            f"the module {module_name!r} of the task {spec!r} {exit_text(left)}"
+        ) from left
     except Exception as error:
         raise UsageError(
             f"the module {module_name!r} of the task {spec!r} failed as it was imported: "
@@ -113,7 +118,24 @@ def _call(spec: str, module_name: str, function_name: str) -> object:
     return function()
 
 
-def _check(spec: str, task: object) -> Task:
+def exit_text(left: SystemExit) -> str:
+    """What to say of a module that ends the program as it is imported, as scripts do."""
+    code = "" if left.code is None else repr(left.code)
+    return (
+        f"called sys.exit({code}) as it was imported. Put that under if __name__ == '__main__':, "
+        "so that only running the file as a script does it."
+    )
+
+
+def check_task(spec: str, task: object) -> Task:
+    """The object, if it is a task.
+
+    Args:
+        spec: how a message names it.
+
+    Raises:
+        UsageError: a part of the Task protocol is missing.
+    """
     missing = [name for name in _METHODS if not callable(getattr(task, name, None))]
     metric = getattr(task, "metric", None)
     if not isinstance(getattr(task, "name", None), str):
@@ -123,7 +145,7 @@ def _check(spec: str, task: object) -> Task:
     if missing or isinstance(task, type):
         what = "the class itself" if isinstance(task, type) else type(task).__name__
         raise UsageError(
-            f"the task {spec!r} returned {what}, without: {', '.join(missing) or 'an instance'}. "
+            f"the task {spec!r} is {what}, without: {', '.join(missing) or 'an instance'}. "
             "Expected an object with name, metric and the methods of blast_search.Task."
         )
     return task  # type: ignore[return-value]
