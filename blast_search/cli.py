@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -197,10 +198,15 @@ def run_guarded(command: Callable[[], Any], verbose: bool = False, as_json: bool
         command: returns a JSON object, an exit code, or None.
         as_json: that object, or else one with the error, is all there is on stdout.
     """
-    with stdout_on_stderr() if as_json else nullcontext():
-        code, value = _outcome(command, verbose)
-    if as_json and isinstance(value, dict):
-        emit(value)
+    try:
+        with stdout_on_stderr() if as_json else nullcontext():
+            code, value = _outcome(command, verbose)
+        if as_json and isinstance(value, dict):
+            emit(value)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads stdout has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush would fail, too
+        return 128 + signal.SIGPIPE
     return code
 
 
@@ -209,13 +215,8 @@ def _outcome(command: Callable[[], Any], verbose: bool) -> tuple[int, Any]:
     try:
         value = command()
     except Stopped as stop:
-        message = "Stopped. What was measured is on file: continue with --resume RUN."
-        typer.echo(f"\n{message}", err=True)
-        return stop.exit_code, {"error": message, "exit_code": stop.exit_code}
-    except tuple(kind for kind, _ in EXIT_CODES) as error:
-        return _told(
-            next(code for kind, code in EXIT_CODES if isinstance(error, kind)), str(error)
-        )
+        typer.echo(err=True)
+        return _told(stop.exit_code, f"Stopped.{_on_file(stop)}", stop)
     except CLICK_ERROR as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a bare `blast-search`
             typer.echo(error.format_message(), err=True)
@@ -223,12 +224,33 @@ def _outcome(command: Callable[[], Any], verbose: bool) -> tuple[int, Any]:
         where = error.ctx.command_path if getattr(error, "ctx", None) else PROGRAM
         text = error.format_message().rstrip()
         text += "" if text.endswith((".", "?")) else "."
-        return _told(error.exit_code, f"{text} See `{where} --help`.")
-    except Exception as raised:  # ours, or that of a task's own code
-        # Typer takes an EOFError for a user who left a prompt.
-        cause = raised.__cause__ if isinstance(raised, typer.Abort) else None
-        return _told(1, _unexpected(cause or raised, verbose))
+        return _told(error.exit_code, f"error: {text} See `{where} --help`.", error)
+    except (Exception, SystemExit) as raised:
+        meant = _meant(raised)
+        if isinstance(meant, BrokenPipeError) and _reader_left():
+            raise meant from None
+        for kind, code in EXIT_CODES:
+            if isinstance(meant, kind):
+                return _told(code, f"error: {meant}", meant)
+        return _told(1, f"error: {_unexpected(meant, verbose)}", meant)  # of a task's own code
     return (value, None) if isinstance(value, int) else (0, value)
+
+
+def _meant(raised: BaseException) -> BaseException:
+    """The error itself: Typer takes an EOFError for a user who left a prompt, and a broken pipe,
+    whichever it is, for the end."""
+    if isinstance(raised, typer.Abort) and raised.__cause__:
+        return raised.__cause__
+    if isinstance(raised, SystemExit) and isinstance(raised.__context__, BrokenPipeError):
+        return raised.__context__
+    return raised
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads stdout any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _unexpected(error: BaseException, verbose: bool) -> str:
@@ -236,19 +258,27 @@ def _unexpected(error: BaseException, verbose: bool) -> str:
     if verbose:
         traceback.print_exception(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
-    advice = "W" if verbose else "With -v the whole traceback is shown; w"
+    advice = "" if verbose else " With -v the whole traceback is shown."
     notes = "".join(f" {note}" for note in getattr(error, "__notes__", ()))
     return (
-        f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}). "
-        f"{advice}hat was measured is on file.{notes}"
+        f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno}).{advice}"
+        f"{_on_file(error)}{notes}"
     )
 
 
-def _told(code: int, message: str) -> tuple[int, dict[str, Any]]:
+def _on_file(error: BaseException) -> str:
+    """How to go on with the run that an error ended (commands.naming_the_run)."""
+    run = getattr(error, "run", None)
+    return f" What was measured is on file: continue with --resume {run}." if run else ""
+
+
+def _told(code: int, message: str, error: BaseException) -> tuple[int, dict[str, Any]]:
     """An error told on stderr, as one line: those of a task's own code may have many."""
     message = " ".join(message.split())
-    typer.echo(f"error: {message}", err=True)
-    return code, {"error": message, "exit_code": code}
+    typer.echo(message, err=True)
+    value = {"error": message.removeprefix("error: "), "exit_code": code}
+    run = getattr(error, "run", None)
+    return code, value | ({"run": str(run)} if run else {})
 
 
 def _format_warning(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from blast_search import pipeline
 from blast_search.errors import IncompatibleInputError, UsageError
-from blast_search.files import locked, make_folder, read_yaml_mapping, write_json
+from blast_search.files import is_run, locked, make_folder, read_yaml_mapping, write_json
 from blast_search.forecast import forecast
 from blast_search.latency import environment, interleave
 from blast_search.latency_model import LatencyModel
@@ -30,6 +31,7 @@ from blast_search.settings import SETTING_NAMES, Settings
 from blast_search.space import LayerSpec, load_space
 from blast_search.tables import LatencyTable
 from blast_search.tasks import SHAPES, load_task
+from blast_search.workers import check_workers
 
 NOT_SETTINGS = (
     "workers", "ray_address", "out", "resume", "dry_run", "config", "as_json", "quiet", "verbose",
@@ -49,15 +51,16 @@ def search(
 ) -> dict[str, Any]:
     """The whole pipeline.  Flags override --config; --resume keeps the run's own."""
     values = dict(options) | {"workers": "auto", "ray_address": None, "out": None}
-    values |= {k: given[k] for k in ("workers", "ray_address", "out") if k in given}
-    if config:
-        values |= _config(config)
-    values |= {k: v for k, v in given.items() if k in values}
+    asked = _config(config) if config else {}
+    asked |= {k: v for k, v in given.items() if k in values}
+    values |= asked
     if resume:
-        values |= _stored(resume, SETTING_NAMES, given) | {"out": resume}
+        values |= _stored(resume, Settings, asked) | {"out": resume}
+    check_workers(values["workers"], values["ray_address"])
     if dry_run:
         return forecast(values, report, silent)
-    run = pipeline.search(**values, resume=resume is not None, report=report)
+    with _naming_the_run(report):
+        run = pipeline.search(**values, resume=resume is not None, report=report)
     if not silent:
         from blast_search.report import result_table, verdict
 
@@ -69,8 +72,18 @@ def search(
     return {"run": str(run.folder), "plan": run.plan.to_json()}
 
 
-def _stored(resume: Path, names: set[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the run to resume; options given on the command line must agree.
+@contextmanager
+def _naming_the_run(report: Reporter) -> Iterator[None]:
+    """Errors, and the end by a signal, carry the run folder that is left (cli.py tells it)."""
+    try:
+        yield
+    except BaseException as error:
+        error.run = report.run  # type: ignore[attr-defined]
+        raise
+
+
+def _stored(resume: Path, kind: type[Settings], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run to resume; options that are given beside it must agree.
 
     But for --storage: it may have moved, and its password is not on file.
     """
@@ -78,11 +91,19 @@ def _stored(resume: Path, names: set[str], given: Mapping[str, Any]) -> dict[str
     if not file.is_file():
         raise UsageError(f"{resume} holds no run to resume (no config.yaml). Check the path.")
     stored = read_yaml_mapping(file)
-    if odd := set(stored) ^ names:
+    if odd := set(stored) ^ {f.name for f in fields(kind)}:
         raise IncompatibleInputError(f"{file}: missing or unknown keys {sorted(odd)}.")
-    if "storage" in given:
-        stored["storage"] = given["storage"]
-    changed = [k for k in stored if k in given and given[k] != stored[k]]
+    try:
+        kind(**stored).check()
+    except UsageError as error:
+        raise IncompatibleInputError(
+            f"{file} was edited or damaged: {error} Restore it, or start a new run."
+        ) from error
+    if "storage" in asked:
+        stored["storage"] = asked["storage"]
+    changed = [k for k in stored if k in asked and asked[k] != stored[k]]
+    if asked.get("out") and Path(asked["out"]).resolve() != resume.resolve():
+        changed.append("out")
     if changed:
         raise UsageError(
             f"--resume continues {resume} as it was started; {', '.join(changed)} "
@@ -103,11 +124,13 @@ def compare(
 
     values = dict(options)
     if resume:
-        stored = _stored(resume, {f.name for f in fields(comparing.CompareSettings)}, given)
+        stored = _stored(resume, comparing.CompareSettings, given)
         values |= {k: v for k, v in stored.items() if k in values} | {"out": resume}
     if values["budget"] is None:
         raise UsageError("no budget: give --budget, for instance 0.3.")
-    result = comparing.compare(**values, resume=resume is not None, report=report)
+    check_workers(values["workers"], values["ray_address"])
+    with _naming_the_run(report):
+        result = comparing.compare(**values, resume=resume is not None, report=report)
     if not silent:
         console().print(result.table())
         for text in result.verdicts:
@@ -130,6 +153,10 @@ def _config(path: Path) -> dict[str, Any]:
         value = values.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind | int)):
             raise IncompatibleInputError(f"{path}: {key} is {value!r}, expected a number.")
+    for key in ("task", "out", "ray_address"):
+        value = values.get(key, "")
+        if not isinstance(value, str) and (value is not None or key == "task"):
+            raise IncompatibleInputError(f"{path}: {key} is {value!r}, expected text.")
     return values
 
 
@@ -148,7 +175,8 @@ def profile(
     With `check`, random plans are built and timed (measured.csv): predicted against measured.
     """
     settings.check()
-    if out and (out / "config.yaml").is_file():
+    check_workers(workers, ray_address)
+    if out and is_run(out):
         raise UsageError(
             f"{out} is the folder of a run, which --out would change. Choose another."
         )

@@ -141,6 +141,7 @@ def opened(
     kept = replace(settings, storage=without_password(settings.storage))
     stored = start_folder(folder, resume, asdict(kept), values)
     with locked(folder):
+        report.opened(folder)
         if resume:
             settings = _continued(folder, settings, type(settings)(**stored), space)
             if settings.storage:

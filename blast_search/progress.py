@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,6 +20,12 @@ class Reporter:
     def __init__(self, level: int = 1) -> None:
         self.level = level
         self.console = Console(stderr=True, highlight=False, quiet=level == 0)
+        self.run: Path | None = None  # the run folder, once it is open
+
+    def opened(self, run: Path) -> None:
+        """Tells the run folder, which errors name from now on."""
+        self.run = run
+        self.say(f"run folder: {run}")
 
     def say(self, message: str) -> None:
         self.console.print(message, soft_wrap=True, markup=False)
@@ -62,6 +69,12 @@ class Reporter:
 SILENT = Reporter(0)
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the program here; the command line decides (cli.py)."""
+        raise
+
+
 def console() -> Console:
     """Tables on stdout: as wide as the terminal, 110 columns where there is none."""
-    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 110)
+    return _Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 110)

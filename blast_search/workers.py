@@ -37,6 +37,15 @@ def resolve(workers: str) -> str:
     return "ray" if workers != "local" and installed else "local"
 
 
+def check_workers(workers: str, ray_address: str | None) -> None:
+    """Raise what `resolve` does, and UsageError for an address that nobody would use."""
+    if resolve(workers) == "local" and ray_address:
+        raise UsageError(
+            f"--ray-address {ray_address} without Ray: workers is {workers!r}. Leave one of them "
+            "out, or use --workers ray."
+        )
+
+
 def measure_cells(
     cells: Sequence[Cell],
     device_type: str,
