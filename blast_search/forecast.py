@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from blast_search.cellcache import open_cache
-from blast_search.errors import IncompatibleInputError
 from blast_search.latency import CELL_SECONDS, missing_cells
 from blast_search.prepared import prepare
 from blast_search.progress import Reporter, console
@@ -17,6 +16,7 @@ from blast_search.runfolder import RunFolder
 from blast_search.sensitivity import ProbeTable
 from blast_search.settings import SETTING_NAMES, Settings
 from blast_search.space import load_space
+from blast_search.storage import own_file_damaged
 from blast_search.tables import LatencyTable
 from blast_search.tasks import SHAPES, load_task
 
@@ -83,7 +83,4 @@ def _stored_trials(path: Path) -> int:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
             return int(database.execute("SELECT COUNT(*) FROM trials").fetchone()[0])
     except sqlite3.Error as error:
-        raise IncompatibleInputError(
-            f"{path} is no study that can be read ({error}). Restore it, or remove it: its "
-            "trials will be run again."
-        ) from error
+        raise own_file_damaged(path, error) from error

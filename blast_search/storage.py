@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from blast_search.errors import BlastSearchError, MissingDependencyError
+from blast_search.errors import BlastSearchError, IncompatibleInputError, MissingDependencyError
 
 OPENINGS = 4  # attempts to open a database
 SECRET = ("password", "passwd", "passfile", "sslpassword")  # in the query of a URL
@@ -34,7 +35,9 @@ def check_database(url: str) -> None:
     """
     import optuna
 
-    _opened(url, lambda: optuna.storages.RDBStorage(url).engine.dispose())
+    # Whoever gives a URL shares the database: a worker, whatever its name.
+    shared = Storage(url, worker="anyone")
+    _opened(shared, lambda: optuna.storages.RDBStorage(url).engine.dispose())
 
 
 def without_password(url: str | None) -> str | None:
@@ -56,11 +59,14 @@ def without_password(url: str | None) -> str | None:
 
 
 def open_study(storage: Storage) -> Any:
-    """The stored study, created where there is none; raises what `check_database` does."""
+    """The stored study, created where there is none.
+
+    Raises what `check_database` does, but for a run's own file: IncompatibleInputError.
+    """
     import optuna
 
     return _opened(
-        storage.url,
+        storage,
         lambda: optuna.create_study(
             study_name=storage.study, storage=storage.url, directions=["minimize"] * 2,
             load_if_exists=True,
@@ -68,7 +74,21 @@ def open_study(storage: Storage) -> Any:
     )  # fmt: skip
 
 
-def _opened(url: str, opening: Callable[[], Any]) -> Any:
+def stored_trials(study: Any, storage: Storage) -> list[Any]:
+    """The trials of a study that `open_study` opened; raises what that does."""
+    trials: list[Any] = _opened(storage, lambda: study.get_trials(deepcopy=False))
+    return trials
+
+
+def own_file_damaged(path: str | Path, error: Exception) -> IncompatibleInputError:
+    """The error for the study.db of a run folder."""
+    return IncompatibleInputError(
+        f"{path} is no study that can be read ({' '.join(str(error).split())[:200]}). Restore it, "
+        "or remove it: its trials will be run again."
+    )
+
+
+def _opened(storage: Storage, opening: Callable[[], Any]) -> Any:
     from sqlalchemy.exc import SQLAlchemyError
 
     for attempt in range(OPENINGS):
@@ -80,9 +100,13 @@ def _opened(url: str, opening: Callable[[], Any]) -> Any:
                 "pip install 'blast-search[cluster]'."
             ) from error
         except (SQLAlchemyError, ValueError) as error:
+            if not storage.worker:
+                raise own_file_damaged(storage.url.removeprefix("sqlite:///"), error) from error
             # Runs that open an empty database together race for the creation of its tables.
             if isinstance(error, ValueError) or attempt + 1 == OPENINGS:
-                where = str(without_password(url)).rpartition("@")[2]  # and without the user
+                where = str(without_password(storage.url)).rpartition("@")[
+                    2
+                ]  # and without the user
                 raise BlastSearchError(
                     f"--storage: the database {where} cannot be used "
                     f"({' '.join(str(error).split())[:200]}). Expected a URL like "

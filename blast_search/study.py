@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Any
 
 from blast_search.space import LayerSpec
-from blast_search.storage import Storage, open_study
+from blast_search.storage import Storage, open_study, stored_trials
 
 RANDOM = 4  # trials before the sampler learns: there are few in all
 RANGE = 1.5  # log2: a factor of up to 2.8 either way
@@ -101,7 +101,7 @@ class Study:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.parameters, self.worker, self.seed = list(parameters), storage.worker, seed
         self.trials: list[Any] = []  # all finished ones (optuna.trial.FrozenTrial), oldest first
-        self._stored = open_study(storage)
+        self.storage, self._stored = storage, open_study(storage)
         self._seen: set[Any] = set()
         self._memory: Any = None  # see _history
         # Storing takes longer than sampling (one query per parameter and more), so it happens
@@ -115,7 +115,7 @@ class Study:
         if self._seen and not self.worker:
             return len(self.trials)  # the run folder's own study: nobody else writes to it
         self.flush()
-        stored = self._stored.get_trials(deepcopy=False)
+        stored = stored_trials(self._stored, self.storage)
         new = [t for t in stored if t.user_attrs.get("id", t.number) not in self._seen]
         self.trials += new
         self._seen |= {t.user_attrs.get("id", t.number) for t in new}
