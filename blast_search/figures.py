@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blast_search.errors import IncompatibleInputError
-from blast_search.files import read_rows
+from blast_search.files import finite, read_rows
 from blast_search.plan import CHOSEN, FrontPoint
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ def read_front(path: Path) -> list[FrontRow]:
     rows = []
     for line, row in enumerate(read_rows(path, FrontPoint.FIELDS), start=2):
         try:
-            a, b, c, d = (float(row[f]) if row[f] else None for f in FrontPoint.FIELDS[1:5])
+            a, b, c, d = (finite(row[f]) if row[f] else None for f in FrontPoint.FIELDS[1:5])
         except ValueError as error:
             raise IncompatibleInputError(
                 f"{path}, line {line}: {error}, expected a number. Make the file again with "
-                "`blast-search pareto`."
+                f"--resume {path.parent}."
             ) from error
         rows.append(FrontRow(row["name"], a, b, c, d, row["on_front"] == "1"))
     return rows

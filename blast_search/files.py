@@ -102,6 +102,23 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), str(path))
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file whose top level is an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise IncompatibleInputError(
+            f"{path} holds {type(value).__name__}, expected an object. Restore it from a copy."
+        )
+    return value
+
+
+def finite(text: str) -> float:
+    """A number of a CSV file; ValueError where it is none, or not finite."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """A YAML file whose top level is a mapping with string keys (safe loader)."""
     try:

@@ -14,7 +14,7 @@ from rich.text import Text
 from blast_search.document import number, pick, show
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.figures import read_front
-from blast_search.files import make_folder, read_rows
+from blast_search.files import make_folder, read_rows, write_bytes
 from blast_search.plan import CHOSEN, FrontPoint, Plan
 from blast_search.progress import console
 from blast_search.replan import model_ratio, plan_at
@@ -35,12 +35,22 @@ def pareto(
 ) -> dict[str, Any]:
     """The front of a run; with `at`, a plan for another budget from the tables on file."""
     existing_run(run)
+    for option, file in (("--out", out), ("--plot", plot)):
+        if file and file.is_dir():
+            raise UsageError(f"{option} {file} is a folder, expected a file. Add a name to it.")
+    if at is not None and not 0 < at <= 1:
+        raise UsageError(f"--at is {at:g}, expected a ratio above 0 and up to 1.")
+    if not (run / "front.csv").is_file():
+        raise IncompatibleInputError(
+            f"{run} has no front.csv: the run is not finished. Continue it with --resume {run}."
+        )
+    base = Plan.load(run / "plan.json")
+    rows = front_rows(run, base)
     result: dict[str, Any] = {}
     if at is not None:
-        if not 0 < at <= 1:
-            raise UsageError(f"--at is {at:g}, expected a ratio above 0 and up to 1.")
         plan = plan_at(run, at)
-        path = out or make_folder(run / "plans") / f"at-{at:g}.json"
+        path = out or run / "plans" / f"at-{at:g}.json"
+        make_folder(path.parent)
         plan.save(path)
         result |= {"plan": str(path), "budget": plan.budget, "predicted": plan.predicted}
         if form == "table":
@@ -48,23 +58,25 @@ def pareto(
             console().print(
                 f"{path}: not measured yet, `blast-search apply` and `verify` it.", markup=False
             )
-    if not (run / "front.csv").is_file():
-        raise IncompatibleInputError(
-            f"{run} has no front.csv: the run is not finished. Continue it with --resume {run}."
-        )
-    base = Plan.load(run / "plan.json")
-    rows = front_rows(run, base)
     if plot:
         if not (run / "front.png").is_file():
             write_report(run)
-        plot.write_bytes((run / "front.png").read_bytes())
+        make_folder(plot.parent)
+        write_bytes(plot, (run / "front.png").read_bytes())
     if form == "csv":
         writer = csv.DictWriter(sys.stdout, (*FrontPoint.FIELDS, *ADDED), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     elif form == "table" and at is None:
         _print_front(rows, base)
-    return {"run_budget": base.budget} | result | {"front": rows}
+    return {"run_budget": base.budget} | result | {"front": [_numbers(row) for row in rows]}
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, Any]:
+    """A row as JSON values: text stays text, what is not known is null."""
+    texts = ("name", "budget_scope")
+    values = {k: v if k in texts else float(v) if v else None for k, v in row.items()}
+    return values | {"on_front": row["on_front"] == "1"}
 
 
 def front_rows(run: Path, base: Plan) -> list[dict[str, str]]:

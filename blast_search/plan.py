@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from blast_search.errors import IncompatibleInputError
 from blast_search.files import read_json, sha256_json, write_json
 from blast_search.space import DENSE, Candidate, LayerSpec
 
 SCHEMA_VERSION = 1
+WORDS = {dict: "an object", str: "text"}
 Choices = Mapping[str, Candidate]
 
 
@@ -102,8 +103,13 @@ class Plan:
         if set(value) != names:
             odd = sorted(set(value) ^ names)
             raise IncompatibleInputError(f"{origin}: missing or unknown fields {odd}.")
-        if not isinstance(value["layers"], dict):
-            raise IncompatibleInputError(f"{origin}: layers is not an object.")
+        for name, hint in get_type_hints(cls).items():
+            kind = get_origin(hint) or hint
+            if kind is not Any and not isinstance(value[name], kind):
+                raise IncompatibleInputError(
+                    f"{origin}: {name} is {value[name]!r}, expected {WORDS[kind]}. Take the "
+                    "original, or search again."
+                )
         layers = {name: _layer(name, item, origin) for name, item in value["layers"].items()}
         return cls(**(value | {"layers": layers}))
 

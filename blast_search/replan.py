@@ -15,7 +15,7 @@ from blast_search.document import number, pick
 from blast_search.engine import Engine
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
 from blast_search.evaluate import size_ratios
-from blast_search.files import read_json, read_yaml_mapping
+from blast_search.files import read_json, read_json_object, read_yaml_mapping
 from blast_search.latency import fingerprint
 from blast_search.latency_model import LatencyModel
 from blast_search.plan import LayerPlan, Plan
@@ -42,9 +42,13 @@ def plan_at(run: Path, ratio: float) -> Plan:
             f"or measure them again with --resume {run}."
         ) from None
     except InfeasibleBudgetError:
-        smallest, _ = solver.least(engine.exact)
+        smallest, fastest = solver.least(engine.exact)
+        reason = "the smallest ranks of the search space still take that much"
+        if all(c.is_dense for c in fastest.values()):
+            reason = "no candidate is faster than dense on this device"
         raise InfeasibleBudgetError(
-            f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}."
+            f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}: "
+            f"{reason}."
         ) from None
     reached, every = engine.latency.total(choices), list(engine.latency.workloads)
     macs, params = number(pick(base.model, "macs")), number(pick(base.model, "params"))
@@ -129,12 +133,12 @@ def engine_on_file(run: Path, base: Plan) -> Engine:
 def settled_table(run: Path) -> LatencyTable:
     """latency.csv with the doubtful cells that the search measured again (Pipeline.settle)."""
     table = LatencyTable.open(
-        run / "latency.csv", fingerprint(read_json(run / "environment.json"))
+        run / "latency.csv", fingerprint(read_json_object(run / "environment.json"))
     )
     again = LatencyTable(table.device)
     for (kind, _), rows in RunFolder.open(run).measured.items():
-        for row in rows if kind == "doubtful cells" else ():
-            again.add_row(row, f"{run / 'measured.csv'}, doubtful cells")
+        if kind == "doubtful cells":
+            again.add_rows(rows, f"{run / 'measured.csv'}, doubtful cells")
     table.path = None  # the file stays as it is
     table.merge(again)
     return table

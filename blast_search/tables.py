@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from blast_search.errors import IncompatibleInputError
-from blast_search.files import append_row, read_rows
+from blast_search.files import append_row, finite, read_rows
 from blast_search.space import DENSE, Candidate, LayerSpec
 
 Place = tuple[int, int, bool, int]  # out_features, in_features, bias, tokens
@@ -124,6 +124,22 @@ class LatencyTable:
         """Add a cell from its row (cell_row), in memory only."""
         cell, measured = _parse_row({k: str(v) for k, v in row.items()}, origin)
         self.cells[cell] = measured
+
+    def add_rows(self, rows: Any, origin: str) -> None:
+        """Add cells from a JSON value that should be a list of rows.
+
+        Raises:
+            IncompatibleInputError: it is none, or a row is damaged.
+        """
+        if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and set(row) == set(FIELDS) for row in rows
+        ):
+            raise IncompatibleInputError(
+                f"{origin}: expected a list of cells. Remove the damaged line; they will be "
+                "measured again."
+            )
+        for row in rows:
+            self.add_row(row, origin)
 
     def merge(self, other: LatencyTable, cells: Iterable[Cell] | None = None) -> int:
         """Take over what another table of this device knows better; returns how many cells.
@@ -257,10 +273,14 @@ class ScoreTable:
         table = cls()
         for row in read_rows(path, cls.FIELDS):
             try:
-                score = Score(float(row[cls.FIELDS[2]]), float(row[cls.FIELDS[3]]))
-            except ValueError as error:
-                raise IncompatibleInputError(f"{path}: {error}. Remove the file.") from error
-            table.scores.setdefault(row["layer"], {})[Candidate.from_key(row["candidate"])] = score
+                candidate = Candidate.from_key(row["candidate"])
+                score = Score(finite(row[cls.FIELDS[2]]), finite(row[cls.FIELDS[3]]))
+            except (ValueError, IncompatibleInputError) as error:
+                raise IncompatibleInputError(
+                    f"{path}, layer {row['layer']}: {error}. Make the file again with --resume "
+                    f"{path.parent}."
+                ) from error
+            table.scores.setdefault(row["layer"], {})[candidate] = score
         return table
 
 

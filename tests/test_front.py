@@ -14,7 +14,7 @@ import yaml
 
 from blast_search import cli
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError
-from blast_search.files import write_json, write_rows
+from blast_search.files import sha256_json, write_json, write_rows
 from blast_search.latency import fingerprint
 from blast_search.plan import FrontPoint, LayerPlan, Plan
 from blast_search.replan import plan_at
@@ -179,3 +179,79 @@ def test_the_front_says_its_scope_and_the_ratios_that_are_on_file(spaces: Path, 
         "uniform b1": ["0.48000", "0.60000", "0.70000"],
         "dense": ["1.00000"] * 3,
     }
+
+
+def numbers_of(value: Any) -> set[type]:
+    return {type(v) for row in value for k, v in row.items() if k not in ("name", "budget_scope")}
+
+
+def test_the_front_as_json_has_numbers_and_null(spaces: Path, capsys):
+    run = str(write_run(spaces / "a", "any.yaml"))
+    assert call("pareto", run, "--json") == 0
+    front = json.loads(capsys.readouterr().out)["front"]
+    assert numbers_of(front) == {float, bool, type(None)}
+    rows = {row["name"]: row for row in front}
+    assert rows["exact 0.60"]["predicted_layer_latency_ratio"] == 0.6
+    assert rows["exact 0.60"]["macs_ratio"] is None
+    assert [row["on_front"] for row in front] == [True, True, False, True]
+
+
+def test_files_go_into_new_folders_and_not_over_folders(spaces: Path, capsys):
+    run = write_run(spaces / "a", "any.yaml")
+    (run / "front.png").write_bytes(b"picture")
+    out, plot = ["--at", "0.3", "--out"], "--plot"
+    assert call("pareto", str(run), *out, "new/one/p.json", plot, "new/two/x.png") == 0
+    assert Plan.load("new/one/p.json").budget["value"] == 0.3
+    assert Path("new/two/x.png").read_bytes() == b"picture"
+    for options in ([*out, "new"], [plot, "new"]):
+        assert call("pareto", str(run), *options) == 2
+        assert "new is a folder, expected a file" in capsys.readouterr().err
+
+
+def test_a_ratio_out_of_reach_is_told_with_the_reason(spaces: Path, capsys):
+    run = write_run(spaces / "a", "any.yaml")
+    assert call("pareto", str(run), "--at", "0.001") == 3
+    assert "smallest ranks of the search space still take" in capsys.readouterr().err
+    text = (run / "latency.csv").read_text().splitlines()
+    (run / "latency.csv").write_text("\n".join(text[:2]) + "\n")  # only dense
+    assert call("pareto", str(run), "--at", "0.5") == 3
+    assert "no candidate is faster than dense on this device" in capsys.readouterr().err
+
+
+DAMAGE = {
+    "scores.csv": (lambda text: text.replace(text.split(",")[-1], "nan\n"), "nan is not finite"),
+    "front.csv": (lambda text: text.replace("0.6,", "inf,"), "--resume a"),
+    "environment.json": (lambda text: "5", "holds int, expected an object"),
+    "measured.csv": (
+        lambda text: 'kind,digest,plan,value\ndoubtful cells,0.3,exact,"[5]"\n',
+        "expected a list of cells",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_a_damaged_file_of_a_run_is_corrupt_input_and_no_plan_is_written(
+    file: str, spaces: Path, capsys
+):
+    run = write_run(spaces / "a", "any.yaml")
+    damage, text = DAMAGE[file]
+    path = run / file
+    path.write_text(damage(path.read_text() if path.exists() else ""))
+    assert call("pareto", "a", "--at", "0.3") == 4
+    message = capsys.readouterr().err
+    assert text in message
+    assert file in message
+    assert not (run / "plans" / "at-0.3.json").exists()
+    if file == "front.csv":
+        assert call("pareto", "a") == call("report", "a") == 4
+        path.unlink()
+        assert call("pareto", "a", "--at", "0.3") == 4
+        assert not (run / "plans" / "at-0.3.json").exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("task", 5), ("environment", []), ("model", "x")])
+def test_a_plan_of_other_types_is_refused_by_name(field: str, value: Any, spaces: Path):
+    plan = Plan.load(write_run(spaces / "a", "any.yaml")).to_json() | {field: value}
+    del plan["sha256"]
+    with pytest.raises(IncompatibleInputError, match=f"plan: {field} is .* expected"):
+        Plan.from_json(plan | {"sha256": sha256_json(plan)})
