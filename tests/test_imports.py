@@ -42,6 +42,29 @@ def test_plain_modules_do_not_import_torch(module: str, project: Path):
     assert imports_torch("from torch import nn")
 
 
+def test_the_recipe_for_cluster_nodes_installs_what_workers_import(project: Path):
+    code = (
+        "import blast_search.trainable, blast_search.panel, blast_search.kernels.cpu, sys; "
+        "print(*[m.__file__ for n, m in sys.modules.items() if n.startswith('blast_search')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names: set[str] = set()
+    for file in done.stdout.split():
+        for node in ast.parse(Path(file).read_text()).body:
+            names |= {a.name for a in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+    tops = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+    needed = {
+        {"yaml": "pyyaml"}.get(name, name) for name in tops - {"blast_search", "llvmlite"}
+    }  # numba's
+    assert {"torch", "numba", "ray"} < needed
+    guide = (project / "docs" / "clusters.md").read_text()
+    (recipe,) = (line for line in guide.splitlines() if "- pip install" in line)
+    named = guide.partition("What the nodes need:")[2].partition("\n\n")[0]
+    assert {name for name in needed if name not in recipe} == set()
+    assert {name for name in needed if name not in named.lower()} == set()
+
+
 def test_files_stay_short(project: Path):
     for path in (project / "blast_search").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 340, path

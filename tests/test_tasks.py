@@ -18,7 +18,7 @@ from torch import nn
 
 from blast_search.errors import IncompatibleInputError, MissingDependencyError, UsageError
 from blast_search.evaluate import Task, workloads_of
-from blast_search.tasks import BUILTIN, _support, load_task, minilm, smollm2, vit
+from blast_search.tasks import BUILTIN, _support, check_task, load_task, minilm, smollm2, vit
 from blast_search.tasks._text import (
     read_documents,
     split_documents,
@@ -219,6 +219,21 @@ def test_a_missing_package_gives_the_command(monkeypatch: pytest.MonkeyPatch, mo
 
 
 # Workloads of a task
+
+
+def test_an_object_is_checked_as_what_a_function_returns() -> None:
+    methods = dict.fromkeys(("model", "workload", "calibration", "evaluate", "train_batches"), int)
+    partial = SimpleNamespace(name="some", metric=("m", True), **methods)
+    with pytest.raises(UsageError, match="the task 'some' is SimpleNamespace, without: loss"):
+        check_task("some", partial)
+    whole = SimpleNamespace(**vars(partial), loss=int)
+    assert check_task("some", whole) is whole
+
+
+def test_a_plus_in_the_name_of_a_file_is_a_plus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blast_search.tasks.hf.HFTask", lambda *values: values)
+    assert load_task("hf:m+n?text=a+b.txt") == ("m+n", "a+b.txt", None)
+    assert load_task("hf:m?text=a%20b.txt") == ("m", "a b.txt", None)
 
 
 def workload_task(workload: Any) -> Any:
