@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blast_search.batches import Batch, anywhere, call_model, evaluating, to_device
 from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.fused import unfused
 from blast_search.layers import Workload
 from blast_search.plan import Choices
 from blast_search.space import DENSE, LayerSpec
@@ -159,17 +160,14 @@ def count_macs(model: nn.Module, workloads: Iterable[Workload]) -> float:
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports triton where installed
 
-    total, fused = 0.0, torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        for workload in workloads:
-            batch = to_device(workload.batch, model)
-            counter = FlopCounterMode(display=False)
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
-                call_model(model, batch)
-            total += counter.get_total_flops() / 2 * workload.weight
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    total = 0.0
+    for workload in workloads:
+        batch = to_device(workload.batch, model)
+        counter = FlopCounterMode(display=False)
+        plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        with plain, unfused(), counter:
+            call_model(model, batch)
+        total += counter.get_total_flops() / 2 * workload.weight
     return total
 
 
