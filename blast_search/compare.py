@@ -19,7 +19,7 @@ from blast_search.errors import UsageError
 from blast_search.evaluate import Task, size_ratios
 from blast_search.finish import Finish
 from blast_search.last_timing import Decision
-from blast_search.pipeline import Pipeline, opened
+from blast_search.pipeline import Pipeline, opened, task_name
 from blast_search.progress import SILENT, Reporter
 from blast_search.runfolder import digest
 from blast_search.settings import Settings
@@ -80,7 +80,7 @@ def compare(
     """
     name = space.name if isinstance(space, SearchSpace) else str(space or "default")
     settings = CompareSettings(
-        task if isinstance(task, str) else task.name, budget, space=name, workload=workload,
+        task_name(task), budget, space=name, workload=workload,
         device=device, dtype=dtype, mode=mode, profile=profile, trials=trials,
         retrain_steps=retrain_steps, seed=seed, every_workload=every_workload, seeds=seeds,
     )  # fmt: skip

@@ -101,13 +101,20 @@ def search(
     """
     space_name = space.name if isinstance(space, SearchSpace) else str(space or "default")
     settings = Settings(
-        task if isinstance(task, str) else task.name, budget, budget_scope, max_drop, space_name,
+        task_name(task), budget, budget_scope, max_drop, space_name,
         workload, device, dtype, mode, profile, storage, trials, time_limit, retrain_steps, seed,
         every_workload,
     )  # fmt: skip
     settings.check()
     with opened(settings, task, space, out, resume, workers, ray_address, report) as pipeline:
         return pipeline.run()
+
+
+def task_name(task: Task | str) -> str:
+    """What a task is called in config.yaml; UsageError for an object that is no task."""
+    from blast_search.tasks import check_task
+
+    return task if isinstance(task, str) else check_task(type(task).__name__, task).name
 
 
 @contextmanager
@@ -277,8 +284,7 @@ class Pipeline:
 
         rows = self.records.once("doubtful cells", f"{target:.4f}", "exact", measure)
         again = LatencyTable(self.prepared.fingerprint)
-        for row in rows:
-            again.add_row(row, "measured.csv, doubtful cells")
+        again.add_rows(rows, "measured.csv, doubtful cells")
         table = replace(engine.latency.table, path=None)
         table.merge(again)  # the more certain measurement counts
         engine.latency.table_changed()

@@ -217,6 +217,17 @@ def test_a_wrong_storage_is_refused_before_anything_is_written(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_object_that_is_no_task_is_refused_at_once(tmp_path: Path):
+    class Half(ToyTask):
+        loss = None
+
+    with pytest.raises(UsageError, match=r"the task 'Half' is Half, without: loss"):
+        bs.search(Half(), budget=0.5, out=tmp_path / "run", **OPTIONS)
+    with pytest.raises(UsageError, match=r"name \(a string\)"):
+        bs.search(object(), budget=0.5, out=tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
 def test_infeasible_budget_writes_the_nearest_plan(tmp_path: Path):
     out = tmp_path / "run"
     with pytest.raises(InfeasibleBudgetError, match=r"smallest reachable budget is about 0\.\d+"):
