@@ -29,22 +29,13 @@ from blast_search.plan import Choices, FrontPoint
 from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder, digest
 from blast_search.sensitivity import Scorer
+from blast_search.settings import layer_target
 from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace, ties_of
 from blast_search.tables import Option, ScoreTable, layer_options
 from blast_search.tangent import Tangent
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
 EXACT = 0.9999  # where nothing is noisy: multiply-adds, parameters
-
-
-def layer_target(budget: float, outside: float) -> float:
-    """A budget as a ratio of the searched layers alone.
-
-    Args:
-        outside: what the dense model spends outside the searched layers, as a share of its whole
-            cost in the unit of the budget's scope (time, multiply-adds, parameters).
-    """
-    return (budget - outside) / (1 - outside)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from blast_search.decision import decide, infeasible
 from blast_search.describe import DENSE_KEY, Describer, write_front
 from blast_search.document import show
 from blast_search.drop import within_drop
-from blast_search.engine import Contender, Engine, layer_target
+from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.evaluate import (
     count_macs,
@@ -29,6 +29,7 @@ from blast_search.last_timing import FINAL_SECONDS, Decision
 from blast_search.model_latency import Timing
 from blast_search.models import Models
 from blast_search.plan import CHOSEN, FrontPoint, Plan
+from blast_search.settings import layer_target
 from blast_search.solver import TOLERANCE
 from blast_search.space import DENSE
 from blast_search.storage import Storage

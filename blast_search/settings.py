@@ -77,6 +77,16 @@ class Settings:
             )
 
 
+def layer_target(budget: float, outside: float) -> float:
+    """A budget as a ratio of the searched layers alone.
+
+    Args:
+        outside: what the dense model spends outside the searched layers, as a share of its whole
+            cost in the unit of the budget's scope (time, multiply-adds, parameters).
+    """
+    return (budget - outside) / (1 - outside)
+
+
 SETTING_NAMES = {f.name for f in fields(Settings)}
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from toy import WIDTH, Net, ToyTask
+from toy import Shallow
 
 from blast_search import cli, closed_loop, contenders, decision, trials
 from blast_search.compare import compare
@@ -28,21 +27,6 @@ KINDS = [
     "dense", "uniform low rank", "block-diagonal", "Monarch", "uniform BLAST", "exact plan",
     "full search",
 ]  # fmt: skip
-
-
-class Shallow(ToyTask):
-    """The toy task on one block of half the width: the least whose latency is no noise."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.data = self.data[..., : WIDTH // 2].contiguous()
-
-    def model(self) -> Net:
-        state = torch.random.get_rng_state()
-        torch.manual_seed(0)
-        model = Net(WIDTH // 2, depth=1).eval()
-        torch.random.set_rng_state(state)
-        return model
 
 
 def shallow() -> Shallow:

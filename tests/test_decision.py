@@ -14,11 +14,12 @@ from blast_search import decision
 from blast_search.closed_loop import meet, meet_together
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.decision import _searched, best_blocks, decide
-from blast_search.engine import AIM, Contender, Engine, layer_target
+from blast_search.engine import AIM, Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.last_timing import final
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
+from blast_search.settings import layer_target
 from blast_search.space import Candidate
 from blast_search.storage import Storage
 from blast_search.trials import Tuned

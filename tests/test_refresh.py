@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_apply import toy_plan
+from test_saved import held
 from torch import Tensor, nn
 from toy import Net, ToyTask
 
@@ -109,10 +110,10 @@ def test_everything_but_the_factors_comes_from_the_new_checkpoint(saved: Path):
     [(other_shapes, r"names layer blocks\.2\.fc2"), (other_head, r"head\.bias, head\.weight")],
 )
 def test_another_checkpoint_is_refused_by_name_and_nothing_is_written(saved, make, message):
-    before = {path: path.read_bytes() for path in saved.iterdir()}
+    before = held(saved)
     with pytest.raises(IncompatibleInputError, match=message):
         bs.refresh(saved, make)
-    assert {path: path.read_bytes() for path in saved.iterdir()} == before
+    assert held(saved) == before
 
 
 def call(*arguments: str) -> int:
@@ -124,20 +125,20 @@ def call(*arguments: str) -> int:
 def test_the_verb(saved: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task, made = f"{__name__}:updated", f"{__name__}:other_head"
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    before = held(saved)
     assert call("refresh", str(saved), "-q") == 2
     assert "give one with --task" in capsys.readouterr().err
     assert call("refresh", str(saved), "--model", made, "-q") == 4
     assert "head.weight" in capsys.readouterr().err
     assert call("refresh", str(saved), "--model", f"{__name__}:task_of_old", "-q") == 2
     assert call("refresh", "nowhere", "--task", task) == 4
-    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert held(saved) == before
     capsys.readouterr()
     assert call("refresh", str(saved), "--task", task, "--out", "new", "-q", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     for error in result["relative_errors"].values():
         assert 0 < error["after"] <= error["before"]
-    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert held(saved) == before
     new = bs.load("new", updated().model)
     assert torch.equal(new.head.weight, updated().model().head.weight)
     assert call("refresh", str(saved), "--task", task) == 0

@@ -272,7 +272,7 @@ def test_a_run_alone_on_a_database_works_in_batches_and_goes_on_anywhere(tmp_pat
 def test_a_database_that_cannot_be_used_is_one_plain_line():
     for url in ("nonsense", "sqlite:////nowhere/at/all/study.db"):
         with pytest.raises(BlastSearchError, match=r"--storage: the database .* cannot be used"):
-            study.Study(["x"], Storage(url), 0)
+            study.Study(["x"], Storage(url, worker="me"), 0)
         with pytest.raises(BlastSearchError, match="with --resume, give --storage again"):
             check_database(url)
 

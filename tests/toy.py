@@ -77,6 +77,21 @@ class ToyTask:
         return (model(batch) - wanted).square().mean()
 
 
+class Shallow(ToyTask):
+    """The toy task on one block of half the width: the least whose latency is no noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.data = self.data[..., : WIDTH // 2].contiguous()
+
+    def model(self) -> Net:
+        state = torch.random.get_rng_state()
+        torch.manual_seed(0)
+        model = Net(WIDTH // 2, depth=1).eval()
+        torch.random.set_rng_state(state)
+        return model
+
+
 def task() -> ToyTask:
     return ToyTask()
 
