@@ -17,7 +17,8 @@ def leaving(target: Path, source: Path | None = None) -> Iterator[None]:
     """Hold the lock of the folder that a model goes to.
 
     A new folder is made at once, so that one that cannot be written is told before the work; it
-    goes again if the work fails.
+    goes again if the work fails.  The lock's file goes in any case: a model folder is copied and
+    shipped, and holds the model only.
 
     Args:
         source: the folder that the model comes from.  It may be the target, also where it is a
@@ -40,9 +41,14 @@ def leaving(target: Path, source: Path | None = None) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if made:
-                (here / ".lock").unlink(missing_ok=True)
+            _unlock(here, inside)
             with suppress(OSError):  # it holds something
                 for folder in made:
                     folder.rmdir()
             raise
+        _unlock(here, inside)
+
+
+def _unlock(folder: Path, inside: bool) -> None:
+    if not inside:  # a run keeps its own
+        (folder / ".lock").unlink(missing_ok=True)

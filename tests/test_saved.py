@@ -69,8 +69,7 @@ def saved(tmp_path: Path, monkeypatch) -> Path:
 
 
 def held(folder: str | Path) -> dict[str, bytes]:
-    files = (path for path in Path(folder).iterdir() if path.name != ".lock")
-    return {path.name: path.read_bytes() for path in files}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def test_retraining_that_harms_leaves_the_folder_as_it_was(saved: Path, capsys):
