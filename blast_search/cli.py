@@ -216,7 +216,7 @@ def _outcome(command: Callable[[], Any], verbose: bool) -> tuple[int, Any]:
         value = command()
     except Stopped as stop:
         typer.echo(err=True)
-        return _told(stop.exit_code, f"Stopped.{_on_file(stop)}", stop)
+        return _told(stop.exit_code, f"Stopped.{_on_file(stop)}", stop, prefix="")
     except CLICK_ERROR as error:
         if type(error).__name__ == "NoArgsIsHelpError":  # a bare `blast-search`
             typer.echo(error.format_message(), err=True)
@@ -224,15 +224,15 @@ def _outcome(command: Callable[[], Any], verbose: bool) -> tuple[int, Any]:
         where = error.ctx.command_path if getattr(error, "ctx", None) else PROGRAM
         text = error.format_message().rstrip()
         text += "" if text.endswith((".", "?")) else "."
-        return _told(error.exit_code, f"error: {text} See `{where} --help`.", error)
+        return _told(error.exit_code, f"{text} See `{where} --help`.", error)
     except (Exception, SystemExit) as raised:
         meant = _meant(raised)
         if isinstance(meant, BrokenPipeError) and _reader_left():
             raise meant from None
         for kind, code in EXIT_CODES:
             if isinstance(meant, kind):
-                return _told(code, f"error: {meant}", meant)
-        return _told(1, f"error: {_unexpected(meant, verbose)}", meant)  # of a task's own code
+                return _told(code, str(meant), meant)
+        return _told(1, _unexpected(meant, verbose), meant)  # of a task's own code
     return (value, None) if isinstance(value, int) else (0, value)
 
 
@@ -267,16 +267,18 @@ def _unexpected(error: BaseException, verbose: bool) -> str:
 
 
 def _on_file(error: BaseException) -> str:
-    """How to go on with the run that an error ended (commands.naming_the_run)."""
+    """How to go on with the run that an error ended (commands._naming_the_run)."""
     run = getattr(error, "run", None)
     return f" What was measured is on file: continue with --resume {run}." if run else ""
 
 
-def _told(code: int, message: str, error: BaseException) -> tuple[int, dict[str, Any]]:
+def _told(
+    code: int, message: str, error: BaseException, prefix: str = "error: "
+) -> tuple[int, dict[str, Any]]:
     """An error told on stderr, as one line: those of a task's own code may have many."""
     message = " ".join(message.split())
-    typer.echo(message, err=True)
-    value = {"error": message.removeprefix("error: "), "exit_code": code}
+    typer.echo(prefix + message, err=True)
+    value = {"error": message, "exit_code": code}
     run = getattr(error, "run", None)
     return code, value | ({"run": str(run)} if run else {})
 

@@ -26,6 +26,7 @@ RIVAL = 1.1  # times the least true loss: retraining may turn the order of such 
 Pool = dict[
     str, tuple[Contender, Make]
 ]  # name -> a plan within the target, and others of its kind
+Kinds = Mapping[str, tuple[str, Make]]  # key among the baselines -> name, maker of plans
 
 
 def decide(
@@ -183,9 +184,7 @@ def _searched(
     return larger if reached and predicted < CLOSE * reached else tuned.choices
 
 
-def first_plans(
-    engine: Engine, target: float, kinds: Mapping[str, tuple[str, Make]]
-) -> dict[str, Contender | None]:
+def first_plans(engine: Engine, target: float, kinds: Kinds) -> dict[str, Contender | None]:
     """The best uniform plans and the exact plan within the target, by name; None: no such plan.
 
     The latency model is left with the exact plan's correction.
@@ -195,8 +194,8 @@ def first_plans(
     return meet_together(engine, makes | {"exact": engine.exact}, target)
 
 
-def uniform_kinds(engine: Engine, target: float) -> dict[str, tuple[str, Make]]:
-    """Uniform low rank and uniform BLAST (b > 1): key among the baselines -> name, maker."""
+def uniform_kinds(engine: Engine, target: float) -> Kinds:
+    """Uniform low rank and uniform BLAST (b > 1)."""
     blocks = best_blocks(engine, target)
     return {
         "uniform_low_rank": ("uniform low rank", lambda r: engine.largest_uniform(1, r)),
@@ -232,10 +231,7 @@ def best_blocks(engine: Engine, target: float) -> list[int]:
 
 
 def uniform_contenders(
-    engine: Engine,
-    target: float,
-    kinds: Mapping[str, tuple[str, Make]],
-    met: Mapping[str, Contender | None],
+    engine: Engine, target: float, kinds: Kinds, met: Mapping[str, Contender | None]
 ) -> dict[str, tuple[Contender, Make]]:
     """The uniform plans among `first_plans`, each with what makes its kind at other ratios."""
     found: dict[str, tuple[Contender, Make]] = {}

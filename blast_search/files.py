@@ -57,9 +57,10 @@ def _no_constants(text: str) -> Any:
     raise ValueError(f"{text} is not valid JSON")
 
 
-def _finite(text: str) -> float:
-    if math.isinf(value := float(text)):
-        raise ValueError(f"{text} is no number that can be held")
+def finite(text: str) -> float:
+    """A number in a file; ValueError where it is none, or not finite."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not finite")
     return value
 
 
@@ -73,7 +74,7 @@ def parse_json(text: str, origin: str) -> Any:
         return json.loads(
             text,
             parse_constant=_no_constants,
-            parse_float=_finite,
+            parse_float=finite,
             object_pairs_hook=_no_duplicates,
         )
     except (ValueError, RecursionError) as error:
@@ -109,13 +110,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise IncompatibleInputError(
             f"{path} holds {type(value).__name__}, expected an object. Restore it from a copy."
         )
-    return value
-
-
-def finite(text: str) -> float:
-    """A number of a CSV file; ValueError where it is none, or not finite."""
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is not finite")
     return value
 
 

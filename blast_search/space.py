@@ -262,11 +262,9 @@ def kept_space(run: Path, name: str) -> SearchSpace:
         name: as `load_space` takes it, for a run folder without a space.yaml (an older one).
     """
     file = run / "space.yaml"
-    return (
-        parse_space(read_yaml_mapping(file), Path(name).stem)
-        if file.is_file()
-        else (load_space(name))
-    )
+    if not file.is_file():
+        return load_space(name)
+    return parse_space(read_yaml_mapping(file), Path(name).stem)
 
 
 def shipped_spaces() -> dict[str, Path]:

@@ -35,9 +35,7 @@ def check_database(url: str) -> None:
     """
     import optuna
 
-    # Whoever gives a URL shares the database: a worker, whatever its name.
-    shared = Storage(url, worker="anyone")
-    _opened(shared, lambda: optuna.storages.RDBStorage(url).engine.dispose())
+    _opened(url, lambda: optuna.storages.RDBStorage(url).engine.dispose())
 
 
 def without_password(url: str | None) -> str | None:
@@ -66,17 +64,19 @@ def open_study(storage: Storage) -> Any:
     import optuna
 
     return _opened(
-        storage,
+        storage.url,
         lambda: optuna.create_study(
             study_name=storage.study, storage=storage.url, directions=["minimize"] * 2,
             load_if_exists=True,
         ),
+        own=not storage.worker,
     )  # fmt: skip
 
 
 def stored_trials(study: Any, storage: Storage) -> list[Any]:
     """The trials of a study that `open_study` opened; raises what that does."""
-    trials: list[Any] = _opened(storage, lambda: study.get_trials(deepcopy=False))
+    reading = lambda: study.get_trials(deepcopy=False)  # noqa: E731
+    trials: list[Any] = _opened(storage.url, reading, own=not storage.worker)
     return trials
 
 
@@ -88,7 +88,12 @@ def own_file_damaged(path: str | Path, error: Exception) -> IncompatibleInputErr
     )
 
 
-def _opened(storage: Storage, opening: Callable[[], Any]) -> Any:
+def _opened(url: str, opening: Callable[[], Any], own: bool = False) -> Any:
+    """What `opening` returns, tried again where the database may only be busy.
+
+    Args:
+        own: the database is the run folder's own file, not one that was asked for.
+    """
     from sqlalchemy.exc import SQLAlchemyError
 
     for attempt in range(OPENINGS):
@@ -100,13 +105,11 @@ def _opened(storage: Storage, opening: Callable[[], Any]) -> Any:
                 "pip install 'blast-search[cluster]'."
             ) from error
         except (SQLAlchemyError, ValueError) as error:
-            if not storage.worker:
-                raise own_file_damaged(storage.url.removeprefix("sqlite:///"), error) from error
             # Runs that open an empty database together race for the creation of its tables.
             if isinstance(error, ValueError) or attempt + 1 == OPENINGS:
-                where = str(without_password(storage.url)).rpartition("@")[
-                    2
-                ]  # and without the user
+                if own:
+                    raise own_file_damaged(url.removeprefix("sqlite:///"), error) from error
+                where = str(without_password(url)).rpartition("@")[2]  # and without the user
                 raise BlastSearchError(
                     f"--storage: the database {where} cannot be used "
                     f"({' '.join(str(error).split())[:200]}). Expected a URL like "

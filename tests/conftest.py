@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # One thread, also in the processes that tests start: on a loaded machine each parallel region of
@@ -41,3 +43,13 @@ def _seeded() -> None:
 @pytest.fixture
 def project() -> Path:
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In a folder of the test's own; the handlers that the command line sets go again."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from command import call
 
 from blast_search import cli
 from blast_search.files import locked
@@ -24,19 +25,8 @@ SMALL = [*TOY, "--trials", "2", "--retrain-steps", "2"]
 
 
 @pytest.fixture(autouse=True)
-def _workplace(tmp_path: Path, monkeypatch, project: Path):
-    monkeypatch.chdir(tmp_path)
+def _tasks(workplace, monkeypatch, project: Path) -> None:
     monkeypatch.syspath_prepend(str(project / "tests"))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as leave:
-        cli.main(list(arguments))
-    return int(leave.value.code or 0)
 
 
 @pytest.fixture(scope="module")

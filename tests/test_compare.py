@@ -9,9 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from command import call
 from toy import Shallow
 
-from blast_search import cli, closed_loop, contenders, decision, trials
+from blast_search import closed_loop, contenders, decision, trials
 from blast_search.compare import compare
 from blast_search.comparison import FIELDS, Comparison, Interval, Row
 from blast_search.contenders import climb
@@ -223,12 +224,6 @@ def test_interval_of_students_t():
     assert found.mean == 2
     assert found.ci95 == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)  # 4.3027 / sqrt 3
     assert Interval.of([5.0]).ci95 is None
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as leave:
-        cli.main(list(arguments))
-    return int(leave.value.code or 0)
 
 
 def test_the_verb(tmp_path: Path, capsys, monkeypatch):

@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command import call
 
 from blast_search import cli, pipeline
 from blast_search.errors import InfeasibleBudgetError
@@ -19,19 +19,7 @@ SEARCH = ["search", "--budget", "0.5", "--task", "toy:task", "--workers", "local
 COMMAND = "import blast_search_command as c; c.main()"
 
 
-@pytest.fixture(autouse=True)
-def _workplace(tmp_path: Path, monkeypatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as leave:
-        cli.main(list(arguments))
-    return int(leave.value.code or 0)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def environment(project: Path) -> dict[str, str]:

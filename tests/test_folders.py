@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from command import call
 from test_apply import toy_plan
 from toy import ToyTask
 
 import blast_search as bs
-from blast_search import cli
 from blast_search.files import append_row, locked, write_json
 from blast_search.space import DENSE, Call, LayerSpec
 from blast_search.tables import FIELDS, Cell, cell_row
 
-
-@pytest.fixture(autouse=True)
-def _workplace(tmp_path: Path, monkeypatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as leave:
-        cli.main(list(arguments))
-    return int(leave.value.code or 0)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def held(folder: str | Path) -> dict[str, bytes]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from command import call
 
-from blast_search import cli
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError
 from blast_search.files import sha256_json, write_json, write_rows
 from blast_search.latency import fingerprint
@@ -133,12 +133,6 @@ def test_doubtful_cells_count_as_they_were_measured_again(spaces: Path):
     assert 2 not in blocks(plan_at(run, 0.3))
     assert (run / "latency.csv").read_text() == table
     assert FIELDS[0] in (run / "measured.csv").read_text()
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as leave:
-        cli.main(list(arguments))
-    return int(leave.value.code or 0)
 
 
 def test_another_plan_comes_with_four_ratios_and_its_scope(spaces: Path, capsys):

@@ -279,13 +279,17 @@ class Reading(nn.Module):
         return self.second(x[..., :wide] + self.first.bias) + 0
 
 
+def reading(conv: bool) -> Reading:
+    """Of nn.Linear, or of Hugging Face's Conv1D."""
+    if not conv:
+        return Reading(nn.Linear(6, 8), nn.Linear(8, 8))
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D  # of (out, in)
+    return Reading(conv1d(8, 6), conv1d(8, 8))
+
+
 @pytest.mark.parametrize("conv", [False, True])
 def test_models_may_read_what_a_stub_stands_for(conv: bool):
-    make = nn.Linear
-    if conv:
-        utils = pytest.importorskip("transformers.pytorch_utils")
-        make = lambda n, m: utils.Conv1D(m, n)  # noqa: E731
-    model = Reading(make(6, 8), make(8, 8)).bfloat16().eval()
+    model = reading(conv).bfloat16().eval()
     x = torch.randn(2, 6)
     layers = find_layers(model)
     dense = get_modules(model, layers)
@@ -302,11 +306,7 @@ def test_models_may_read_what_a_stub_stands_for(conv: bool):
 @pytest.mark.parametrize("conv", [False, True])
 def test_layers_whose_weight_the_model_reads_are_left_alone(conv: bool):
     """A BLAST layer would build it at each read, which no timing of the layer sees."""
-    make = nn.Linear
-    if conv:
-        utils = pytest.importorskip("transformers.pytorch_utils")
-        make = lambda n, m: utils.Conv1D(m, n)  # noqa: E731
-    layers, skipped = found(Reading(make(6, 8), make(8, 8)), torch.randn(2, 6))
+    layers, skipped = found(reading(conv), torch.randn(2, 6))
     assert [layer.name for layer in layers] == ["second"]
     assert skipped == {"first": "its weight is read by the model's forward"}
 

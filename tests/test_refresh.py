@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import call
 from test_apply import toy_plan
 from test_saved import held
 from torch import Tensor, nn
 from toy import Net, ToyTask
 
 import blast_search as bs
-from blast_search import cli, factorize
+from blast_search import factorize
 from blast_search.errors import IncompatibleInputError
 from blast_search.factors import relative_error
 from blast_search.gram import regularised
@@ -114,12 +115,6 @@ def test_another_checkpoint_is_refused_by_name_and_nothing_is_written(saved, mak
     with pytest.raises(IncompatibleInputError, match=message):
         bs.refresh(saved, make)
     assert held(saved) == before
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as leave:
-        cli.main(list(arguments))
-    return int(leave.value.code or 0)
 
 
 def test_the_verb(saved: Path, tmp_path: Path, capsys, monkeypatch):

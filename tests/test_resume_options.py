@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
+from command import call
 
-from blast_search import cli
 from blast_search.compare import CompareSettings
 from blast_search.settings import Settings
 
@@ -18,20 +16,9 @@ RUN = ["search", "--resume", "run", "-q"]
 
 
 @pytest.fixture(autouse=True)
-def _workplace(tmp_path: Path, monkeypatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
+def _run(workplace) -> None:
     Path("run").mkdir()
     stored(budget=0.5)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as leave:
-        cli.main(list(arguments))
-    return int(leave.value.code or 0)
 
 
 def stored(kind: type[Settings] = Settings, **values: object) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from command import call
 from safetensors.torch import load_file
 from test_apply import toy_plan
 from torch import Tensor, nn
 from toy import ToyTask
 
 import blast_search as bs
-from blast_search import cli
 from blast_search.evaluate import evaluate
 from blast_search.prepared import prepare
 from blast_search.saved import judged
@@ -53,12 +53,6 @@ def distance() -> Distance:
 
 def harmful() -> Harmful:
     return Harmful()
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as leave:
-        cli.main(list(arguments))
-    return int(leave.value.code or 0)
 
 
 @pytest.fixture
