@@ -168,7 +168,9 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
             own = own.clone()  # safetensors refuses memory that two tensors share
         stored.add(own.untyped_storage().data_ptr())
         tensors[name] = own
-    data = save_tensors(tensors, {"aliases": json.dumps(aliases), "format": "pt"})
+    # One entry: safetensors writes several in random order, and the digest would be random, too.
+    metadata = {"aliases": json.dumps(aliases)} if aliases else {"format": "pt"}
+    data = save_tensors(tensors, metadata)
     fresh = folder / f"{WEIGHTS}.new"
     write_bytes(fresh, data)  # what can fail (a full disk) fails with the old files in place
     (folder / "plan.json").unlink(missing_ok=True)  # beside other weights it would be refused

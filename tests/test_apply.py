@@ -111,6 +111,18 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path):
     assert torch.equal(model(ids), again(ids))
 
 
+@pytest.mark.parametrize(
+    ("factory", "plan"),
+    [(Net, toy_plan()), (Tied, Plan({}, {"shared": LayerPlan("blast", 2, 3, 8, 8)}))],
+)
+def test_the_same_weights_have_the_same_digest(
+    factory: type[nn.Module], plan: Plan, tmp_path: Path
+):
+    model = bs.apply(factory(), plan)
+    digests = {Plan.load(bs.save(model, tmp_path / str(i))).weights_sha256 for i in range(8)}
+    assert len(digests) == 1
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return bs.save(bs.apply(Net(), toy_plan()), tmp_path / "m")
