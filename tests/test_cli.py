@@ -21,7 +21,7 @@ from blast_search.files import locked
 from blast_search.options import emit
 
 TOY = ["--task", "toy:task", "--workers", "local", "--space", "quick", "-q"]
-SMALL = [*TOY, "--trials", "2", "--retrain-steps", "2"]
+SMALL = [*TOY, "--task", "toy:shallow", "--trials", "2", "--retrain-steps", "2"]
 
 
 @pytest.fixture(autouse=True)

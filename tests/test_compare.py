@@ -30,10 +30,6 @@ KINDS = [
 ]  # fmt: skip
 
 
-def shallow() -> Shallow:
-    return Shallow()
-
-
 @pytest.fixture(autouse=True)
 def _short_timings(monkeypatch):
     """Real timings, of the least number of rounds."""
@@ -229,7 +225,7 @@ def test_interval_of_students_t():
 def test_the_verb(tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("s.yaml").write_text("num_blocks: [1, 2]\nkeep: [0.1, 0.4]\n")
-    base = ["compare", "--task", f"{__name__}:shallow", "--workers", "local", "--space", "s.yaml"]
+    base = ["compare", "--task", "toy:shallow", "--workers", "local", "--space", "s.yaml"]
     assert call(*base) == 2
     assert "give --budget" in capsys.readouterr().err
     assert call(*base, "--budget", "0.5", "--seeds", "0") == 2

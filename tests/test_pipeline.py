@@ -360,7 +360,7 @@ def test_kill_nine_at_three_stages_repeats_no_measurement(tmp_path: Path, projec
         "PYTHONPATH": f"{project}:{project / 'tests'}",
     }
     command = [sys.executable, "-m", "blast_search.cli", "search", "-q", "--workers", "local"]
-    start = ["--task", "toy:task", "--budget", "0.8", "--space", "quick", "--trials", "4",
+    start = ["--task", "toy:shallow", "--budget", "0.8", "--space", "quick", "--trials", "4",
              "--retrain-steps", "3", "--out", str(out)]  # fmt: skip
     stages = [("latency.csv", 5), ("probes.csv", 3), ("measured.csv", 5)]
     for index, (name, count) in enumerate(stages):

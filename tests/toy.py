@@ -96,6 +96,10 @@ def task() -> ToyTask:
     return ToyTask()
 
 
+def shallow() -> Shallow:
+    return Shallow()
+
+
 class NoLinear(ToyTask):
     def model(self) -> nn.Module:
         return nn.Sequential(nn.LayerNorm(WIDTH))
