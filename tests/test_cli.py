@@ -81,7 +81,7 @@ def test_apply_retrain_verify(run: Path, capsys):
 
 
 def test_apply_by_model_function(run: Path):
-    Path("mymodel.py").write_text("import toy\n\ndef make():\n    return toy.Net()\n")
+    Path("mymodel.py").write_text("import toy\n\ndef make():\n    return toy.shallow().model()\n")
     plan = str(run / "plan.json")
     assert call("apply", plan, "--model", "mymodel:make", "--out", "m", "-q") == 0
     assert call("apply", plan, "--model", "mymodel:none", "--out", "m", "-q") == 2
@@ -257,7 +257,7 @@ import ctypes
 import sys
 import toy
 
-class Loud(toy.ToyTask):
+class Loud(toy.Shallow):
     kept = sys.__stdout__
 
     def evaluate(self, model):
@@ -267,7 +267,7 @@ class Loud(toy.ToyTask):
         self.kept.write("from who kept it")
         return super().evaluate(model)
 
-class Broken(toy.ToyTask):
+class Broken(toy.Shallow):
     def evaluate(self, model):
         print("before the end")
         raise EOFError("no more\\ndata")
