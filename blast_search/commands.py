@@ -56,8 +56,8 @@ def search(
     values |= asked
     if resume:
         values |= _stored(resume, Settings, asked) | {"out": resume}
-    check_workers(values["workers"], values["ray_address"])
     if dry_run:
+        check_workers(values["workers"], values["ray_address"])
         return forecast(values, report, silent)
     with _naming_the_run(report):
         run = pipeline.search(**values, resume=resume is not None, report=report)
@@ -128,7 +128,6 @@ def compare(
         values |= {k: v for k, v in stored.items() if k in values} | {"out": resume}
     if values["budget"] is None:
         raise UsageError("no budget: give --budget, for instance 0.3.")
-    check_workers(values["workers"], values["ray_address"])
     with _naming_the_run(report):
         result = comparing.compare(**values, resume=resume is not None, report=report)
     if not silent:

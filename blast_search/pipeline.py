@@ -39,7 +39,7 @@ from blast_search.settings import Settings
 from blast_search.space import SearchSpace, kept_space, load_space, space_values
 from blast_search.storage import check_database, without_password
 from blast_search.tables import LatencyTable, ScoreTable
-from blast_search.workers import resolve
+from blast_search.workers import check_workers, resolve
 
 # Of the time that is left to the search:
 CHECK_SHARE = 0.2  # for timing random plans
@@ -132,7 +132,7 @@ def opened(
     from blast_search.tasks import load_task
 
     began = time.monotonic()
-    resolve(workers)
+    check_workers(workers, ray_address)
     loaded = load_task(task) if isinstance(task, str) else task
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = Path(out) if out else Path("results") / f"{loaded.name}-{stamp}"

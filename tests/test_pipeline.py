@@ -228,6 +228,12 @@ def test_a_wrong_storage_is_refused_before_anything_is_written(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cluster_that_nobody_would_use_is_refused_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(UsageError, match="without Ray: workers is 'local'"):
+        bs.search(ToyTask(), budget=0.5, ray_address="auto", out=tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_object_that_is_no_task_is_refused_at_once(tmp_path: Path):
     class Half(ToyTask):
         loss = None
