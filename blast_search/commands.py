@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from blast_search.prepared import prepare
 from blast_search.profiling import Profiler
 from blast_search.progress import Reporter, console
 from blast_search.replan import read_layers
-from blast_search.runfolder import RunFolder
+from blast_search.runfolder import RunFolder, stored_settings
 from blast_search.settings import SETTING_NAMES, Settings
 from blast_search.space import LayerSpec, load_space
 from blast_search.tables import LatencyTable
@@ -87,18 +87,7 @@ def _stored(resume: Path, kind: type[Settings], asked: Mapping[str, Any]) -> dic
 
     But for --storage: it may have moved, and its password is not on file.
     """
-    file = resume / "config.yaml"
-    if not file.is_file():
-        raise UsageError(f"{resume} holds no run to resume (no config.yaml). Check the path.")
-    stored = read_yaml_mapping(file)
-    if odd := set(stored) ^ {f.name for f in fields(kind)}:
-        raise IncompatibleInputError(f"{file}: missing or unknown keys {sorted(odd)}.")
-    try:
-        kind(**stored).check()
-    except UsageError as error:
-        raise IncompatibleInputError(
-            f"{file} was edited or damaged: {error} Restore it, or start a new run."
-        ) from error
+    stored = asdict(stored_settings(resume, kind))
     if "storage" in asked:
         stored["storage"] = asked["storage"]
     changed = [k for k in stored if k in asked and asked[k] != stored[k]]

@@ -33,7 +33,7 @@ from blast_search.prepared import Prepared, prepare
 from blast_search.profiling import Profiler
 from blast_search.progress import SILENT, Reporter
 from blast_search.report import write_report
-from blast_search.runfolder import RunFolder, start_folder
+from blast_search.runfolder import RunFolder, start_folder, stored_settings
 from blast_search.sensitivity import ProbeTable, estimate_scores
 from blast_search.settings import Settings
 from blast_search.space import SearchSpace, kept_space, load_space, space_values
@@ -139,18 +139,19 @@ def opened(
     if (folder / ".lock").is_file():  # in use: said before that it holds a run already
         with locked(folder):
             pass
-    values: dict[str, Any] = {}
-    if not resume:
+    if resume:
+        stored = stored_settings(folder, type(settings))
+    else:
         chosen = space if isinstance(space, SearchSpace) else load_space(settings.space)
         if settings.storage:
             check_database(settings.storage)
-        prepared, values = prepare(loaded, settings, chosen), space_values(chosen)
-    kept = replace(settings, storage=without_password(settings.storage))
-    stored = start_folder(folder, resume, asdict(kept), values)
+        prepared = prepare(loaded, settings, chosen)
+        kept = replace(settings, storage=without_password(settings.storage))
+        start_folder(folder, asdict(kept), space_values(chosen))
     with locked(folder):
         report.opened(folder)
         if resume:
-            settings = _continued(folder, settings, type(settings)(**stored), space)
+            settings = _continued(folder, settings, stored, space)
             if settings.storage:
                 check_database(settings.storage)
             prepared = prepare(loaded, settings, kept_space(folder, settings.space))
@@ -164,7 +165,6 @@ def _continued(
 
     But for the storage: it may have moved, and its password is not on file.
     """
-    stored.check()
     default = type(asked)()
     changed = [
         f.name

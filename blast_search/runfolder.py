@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -25,7 +25,11 @@ from blast_search.files import (
     write_text,
 )
 from blast_search.plan import Choices
+from blast_search.settings import Settings
 
+Kind = TypeVar("Kind", bound=Settings)
+
+CONFIG = "config.yaml"
 FIELDS = ("kind", "digest", "plan", "value")
 STAGES = ("stage", "seconds")
 
@@ -78,29 +82,9 @@ class RunFolder:
         return self.measured[kind, key]
 
 
-def start_folder(
-    out: Path, resume: bool, config: dict[str, Any], space: dict[str, Any]
-) -> dict[str, Any]:
-    """Write config.yaml and space.yaml for a new run, or read the one of the run to resume.
-
-    Returns:
-        The configuration in force.
-
-    Raises:
-        UsageError: resuming where there is no run, or starting over an existing one.
-        IncompatibleInputError: a damaged config.yaml.
-    """
-    file = out / "config.yaml"
-    if resume:
-        if not file.is_file():
-            raise UsageError(
-                f"{out} holds no run to resume (no config.yaml). Start one with --out {out}."
-            )
-        stored = read_yaml_mapping(file)
-        if set(stored) != set(config):
-            odd = sorted(set(stored) ^ set(config))
-            raise IncompatibleInputError(f"{file}: missing or unknown keys {odd}.")
-        return stored
+def start_folder(out: Path, config: dict[str, Any], space: dict[str, Any]) -> None:
+    """Write config.yaml and space.yaml for a new run; UsageError over an existing one."""
+    file = out / CONFIG
     if file.exists():
         raise UsageError(
             f"{out} already holds a run. Continue it with --resume {out}, or choose another --out."
@@ -108,4 +92,28 @@ def start_folder(
     make_folder(out)
     write_text(out / "space.yaml", yaml.safe_dump(space, sort_keys=False))
     write_text(file, yaml.safe_dump(config, sort_keys=False))
-    return config
+
+
+def stored_settings(folder: Path, kind: type[Kind]) -> Kind:
+    """The settings with which the run in a folder was started.
+
+    Raises:
+        UsageError: there is no run. IncompatibleInputError: a damaged config.yaml.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise UsageError(
+            f"{folder} holds no run to resume (no {CONFIG}). Check the path, or start a run with "
+            f"--out {folder}."
+        )
+    values = read_yaml_mapping(file)
+    if odd := set(values) ^ {f.name for f in fields(kind)}:
+        raise IncompatibleInputError(f"{file}: missing or unknown keys {sorted(odd)}.")
+    stored = kind(**values)
+    try:
+        stored.check()
+    except UsageError as error:
+        raise IncompatibleInputError(
+            f"{file} was edited or damaged: {error} Restore it, or start a new run."
+        ) from error
+    return stored
