@@ -123,7 +123,7 @@ def _ordered(
     }
     engine.report.say(
         "true loss on calibration data: "
-        + ", ".join(f"{key} {value:.4f}" for key, value in losses.items())
+        + ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
     )
     order = sorted(pool, key=lambda key: losses[key])
     close = rivals({key: contender for key, (contender, _) in pool.items()}, losses)
@@ -132,7 +132,7 @@ def _ordered(
     behind = {key: recovered(pool[key][0]) for key in close}
     engine.report.say(
         "behind dense after a short retraining: "
-        + ", ".join(f"{key} {value:.4f}" for key, value in behind.items())
+        + ", ".join(f"{key} {value:.4g}" for key, value in behind.items())
     )
     first = min(close, key=lambda key: (behind[key], losses[key]))
     return [first, *(key for key in order if key != first)], True

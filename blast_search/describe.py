@@ -179,7 +179,7 @@ class Describer:
         if chosen.all_dense:
             return "Keep this model dense: no plan within the budgets is faster on this device."
         when, values = ("after", after) if after else ("before", metrics)
-        found = f", {when} retraining {values['searched']:.4f}" if "searched" in values else ""
+        found = f", {when} retraining {values['searched']:.4g}" if "searched" in values else ""
         if chosen.name.startswith("uniform"):
             return f"No searched plan{found} beat the {chosen.name} plan, so that one was taken."
         if chosen.name.startswith(FILLED):

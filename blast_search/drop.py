@@ -59,8 +59,8 @@ def _bisect(finish: Finish, dense: Timing) -> Contender | None:
         value = _value(finish, contender, middle)
         drop = worse_by(task, value, finish.pipeline.dense_metric)
         finish.report.say(
-            f"layer ratio {contender.ratio:.3f}: {task.metric[0]} {value:.4f} "
-            f"({drop:+.4f} worse than dense)"
+            f"layer ratio {contender.ratio:.3f}: {task.metric[0]} {value:.4g} "
+            f"({drop:+.4g} worse than dense)"
         )
         loss = engine.true_loss("exact", contender.choices)
         engine.note_point(f"exact {middle:.2f}", contender.choices, loss)

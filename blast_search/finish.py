@@ -203,7 +203,7 @@ class Finish:
             return None
         return InfeasibleBudgetError(
             f"no plan meets both budgets: at budget {s.budget} (scope {s.budget_scope}) "
-            f"{task.metric[0]} falls by {drop:.4f}, more than --max-drop {s.max_drop:g}. "
+            f"{task.metric[0]} falls by {drop:.4g}, more than --max-drop {s.max_drop:g}. "
             "Allow more drop, a larger budget or more --retrain-steps, or leave --budget out: "
             "--max-drop alone finds the fastest plan within it. The nearest plan is in "
             f"{self.folder / 'plan.json'}."

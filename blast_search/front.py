@@ -131,7 +131,7 @@ def _print_front(rows: list[dict[str, str]], base: Plan) -> None:
             Text(row["name"] + (" *" if row["on_front"] == "1" else "")),
             f"{_layer_ratio(row) or 0.0:.4f} {how}",
             *(f"{float(row[key]):.3f}" if row[key] else "-" for key in ADDED[:3]),
-            *(f"{float(row[key]):.4f}" if row[key] else "-"
+            *(f"{float(row[key]):.4g}" if row[key] else "-"
               for key in ("predicted_loss_increase", "measured_loss")),
         )  # fmt: skip
     console().print(view)

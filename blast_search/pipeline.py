@@ -252,7 +252,7 @@ class Pipeline:
         self.dense_metric = float(
             self.records.once("metric", "dense", "dense", lambda: evaluate(p.task, p.model))
         )
-        say(f"dense model: {p.task.metric[0]} {self.dense_metric:.4f}")
+        say(f"dense model: {p.task.metric[0]} {self.dense_metric:.4g}")
         return engine
 
     def profiler(self, table: LatencyTable) -> Profiler:

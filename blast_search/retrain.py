@@ -150,7 +150,7 @@ def recover(
         try:
             done = len(retrain(task, model, teacher, steps, seed, rate / lower, report, stage))
             value = evaluate(task, model)
-            harm = f"made {name or 'it'} worse ({before:.4f} before, {value:.4f} after)"
+            harm = f"made {name or 'it'} worse ({before:.4g} before, {value:.4g} after)"
         except IncompatibleInputError as error:
             value, failure = float("nan"), error
             harm = f"failed{f' for {name}' if name else ''} ({error})"

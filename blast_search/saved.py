@@ -173,7 +173,7 @@ def _retrained(
     if found.error:
         raise found.error
     kept, name = found.model is not None, loaded.metric[0]
-    text = f"{name}: {before:.4f} before, {found.metric:.4f} after {found.steps} steps"
+    text = f"{name}: {before:.4g} before, {found.metric:.4g} after {found.steps} steps"
     if found.model is not None:
         if "metric" in plan.measured:
             known = plan.measured["metric"] | {"retrained": found.metric}
@@ -236,9 +236,9 @@ def verify(
         view = Table(title=f"{folder}: measured, interleaved, {timing.runs} rounds")
         for column in ("", loaded.metric[0], "layers", "model", "MACs", "parameters"):
             view.add_column(column)
-        view.add_row("dense", f"{values['dense']:.4f}", *["1.000"] * 4)
+        view.add_row("dense", f"{values['dense']:.4g}", *["1.000"] * 4)
         ratios = (timing.ratio_layers, timing.ratio_model, macs, params)
-        view.add_row("plan", f"{values['compressed']:.4f}", *(f"{r:.3f}" for r in ratios))
+        view.add_row("plan", f"{values['compressed']:.4g}", *(f"{r:.3f}" for r in ratios))
         console().print(view)
         words = {True: "met", False: "missed", None: "nothing to judge"}
         text = f"{budget_text(plan.budget)}: {words[result['budget']['met']]} by this measurement."
