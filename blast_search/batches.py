@@ -1,22 +1,17 @@
-"""Batches and outputs: how a model is called, and how far two outputs are apart.
+"""Batches: how a model is called, where, and in which dtype.
 
 A batch is a tensor, called as model(x); a tuple, model(*x); or a dict, model(**x).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
-
-from blast_search.errors import IncompatibleInputError
-from blast_search.fused import unfused
 
 Batch = Any  # Tensor | tuple[Any, ...] | dict[str, Any]
 
@@ -130,110 +125,6 @@ def anywhere(*models: nn.Module) -> Iterator[None]:
             for hook in hooks:
                 stack.callback(hook.remove)
         yield
-
-
-def output_tensor(output: Any) -> tuple[Tensor, bool]:
-    """The tensor that carries an output's meaning, and whether it holds class logits.
-
-    Tensors stand for themselves; Hugging Face outputs give `.logits` if they have them.  Of other
-    containers (dicts, tuples, lists, dataclasses, also nested) it is the first floating tensor,
-    but a scalar, most often a loss, only where there is no other.
-
-    Raises:
-        IncompatibleInputError: there is no floating tensor.
-    """
-    if isinstance(output, Tensor):
-        return output, False
-    logits = output.get("logits") if isinstance(output, Mapping) else None
-    logits = getattr(output, "logits", None) if logits is None else logits
-    if isinstance(logits, Tensor):
-        return logits, True
-    found = [value for value in _tensors(output) if value.is_floating_point()]
-    if found:
-        return next((value for value in found if value.dim()), found[0]), False
-    raise IncompatibleInputError(
-        f"the model returned {type(output).__name__} without a tensor. Expected a tensor, a "
-        "tuple or an output with .logits: wrap the model so that it returns one."
-    )
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors inside an output, depth first."""
-    if isinstance(output, Tensor):
-        yield output
-        return
-    values: Iterable[Any] = ()
-    if isinstance(output, Mapping):
-        values = output.values()
-    elif isinstance(output, tuple | list):
-        values = output
-    elif is_dataclass(output) and not isinstance(output, type):
-        values = [getattr(output, field.name) for field in fields(output)]
-    for value in values:
-        yield from _tensors(value)
-
-
-def token_mask(batch: Batch, shape: tuple[int, ...]) -> Tensor | None:
-    """A boolean (B, L) mask of real tokens where the batch has one that fits `shape`."""
-    if isinstance(batch, Mapping):
-        mask = batch.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and tuple(mask.shape) == shape[:2]:
-            return mask.bool()
-    return None
-
-
-def divergence(output: Any, reference: Any, batch: Batch) -> Tensor:
-    """How far an output is from the dense model's: the loss that the search minimises, a scalar.
-
-    KL(dense || compressed) in nats per position for logits; otherwise the squared error relative
-    to the reference's squared norm.  Padding is left out.
-
-    Classes are in the last dimension, or in the second of images (B, classes, height, width).  One
-    alone is no distribution but a number (regression), for which it is the squared error, too.
-    """
-    (found, logits), (wanted, _) = output_tensor(output), output_tensor(reference)
-    found, wanted = found.float(), wanted.float()
-    if logits and wanted.dim() == 4:
-        found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
-    mask = token_mask(batch, tuple(wanted.shape)) if wanted.dim() > 2 else None
-    if mask is not None:
-        found, wanted = found[mask], wanted[mask]
-    width = wanted.shape[-1] if wanted.dim() else 1
-    if logits and width > 1:
-        found, wanted = (t.reshape(-1, width).log_softmax(-1) for t in (found, wanted))
-        return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
-    return (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
-
-
-@torch.no_grad()
-def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[Any]:
-    """The dense model's outputs on the calibration batches.
-
-    Raises:
-        IncompatibleInputError: an output is not finite.
-    """
-    outputs = []
-    for index, batch in enumerate(batches):
-        with unfused():
-            output = call_model(model, to_device(batch, model))
-        if not bool(output_tensor(output)[0].isfinite().all()):
-            raise IncompatibleInputError(
-                f"the model's output on calibration batch {index} is not finite (NaN or "
-                "infinity). Check the calibration data and the weights."
-            )
-        outputs.append(output)
-    return outputs
-
-
-@torch.no_grad()
-def divergences(
-    model: nn.Module, batches: Sequence[Batch], references: Sequence[Any]
-) -> Iterator[float]:
-    """`divergence` of one calibration batch after another."""
-    for batch, reference in zip(batches, references, strict=True):
-        with unfused():
-            output = call_model(model, to_device(batch, model))
-        yield float(divergence(output, reference, batch))
 
 
 def spread(count: int) -> list[int]:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blast_search.batches import Batch, call_model, evaluating, to_device, token_mask
+from blast_search.batches import Batch, call_model, evaluating, to_device
 from blast_search.errors import IncompatibleInputError
 from blast_search.fused import unfused
 from blast_search.layers import get_modules
+from blast_search.outputs import token_mask
 from blast_search.space import LayerSpec
 
 Read = tuple[int, int]  # which tensor, and how often it was changed; see _Pass.read

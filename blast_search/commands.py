@@ -90,6 +90,8 @@ def _stored(resume: Path, kind: type[Settings], asked: Mapping[str, Any]) -> dic
     stored = asdict(stored_settings(resume, kind))
     if "storage" in asked:
         stored["storage"] = asked["storage"]
+    if ":" not in stored["task"] and "task" in asked:
+        stored["task"] = asked["task"]  # of a run that was started with an object: see `opened`
     changed = [k for k in stored if k in asked and asked[k] != stored[k]]
     if asked.get("out") and Path(asked["out"]).resolve() != resume.resolve():
         changed.append("out")

@@ -84,7 +84,8 @@ def compare(
         device=device, dtype=dtype, mode=mode, profile=profile, trials=trials,
         retrain_steps=retrain_steps, seed=seed, every_workload=every_workload, seeds=seeds,
     )  # fmt: skip
-    settings.check()
+    if not resume:
+        settings.check()
     with opened(settings, task, space, out, resume, workers, ray_address, report) as pipeline:
         result = _run(pipeline, extra)
         result.write()

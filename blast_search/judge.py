@@ -7,7 +7,7 @@ model between plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -16,17 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blast_search.batches import (
-    Batch,
-    call_model,
-    divergence,
-    divergences,
-    reference_outputs,
-    to_device,
-)  # fmt: skip
+from blast_search.batches import Batch, call_model, to_device
 from blast_search.fitting import Fitter
 from blast_search.fused import differentiable, unfused
 from blast_search.layers import swapped
+from blast_search.outputs import divergence, divergences, reference_outputs
 from blast_search.plan import Choices
 from blast_search.space import LayerSpec
 
@@ -61,10 +55,10 @@ class Judge:
     layers: Sequence[LayerSpec]
     fitter: Fitter
     batches: Sequence[Batch]
-    references: Sequence[Any] | None = None
+    references: Sequence[Mapping[str, Tensor]] | None = None
 
-    def wanted(self) -> Sequence[Any]:
-        """The dense model's outputs by batch."""
+    def wanted(self) -> Sequence[Mapping[str, Tensor]]:
+        """What the dense model is judged by, by batch."""
         if self.references is None:
             self.references = reference_outputs(self.model, list(self.batches))
         return self.references

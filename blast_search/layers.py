@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from blast_search.batches import Batch, call_model, evaluating, output_tensor, to_device
+from blast_search.batches import Batch, call_model, evaluating, to_device
 from blast_search.errors import IncompatibleInputError
 from blast_search.fused import unfused
+from blast_search.outputs import output_tensors
 from blast_search.space import Call, LayerSpec, SearchSpace
 
 
@@ -227,8 +228,8 @@ def _trace(
                     "(model(*x)) or a dict (model(**x)): check the task's workload()."
                 ) from error
             # `_cdata` tells storages apart also where they have no data (the "meta" device).
-            result = output_tensor(output)[0].untyped_storage()._cdata
-            heads |= {m for m, o in outputs.items() if o.untyped_storage()._cdata == result}
+            results = {t.untyped_storage()._cdata for t in output_tensors(output).values()}
+            heads |= {m for m, o in outputs.items() if o.untyped_storage()._cdata in results}
             outputs.clear()
     finally:
         for hook in hooks:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from blast_search.batches import reference_outputs
 from blast_search.calibrate import collect_grams
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.describe import write_front
@@ -26,10 +25,11 @@ from blast_search.finish import Finish
 from blast_search.fitting import Fitter
 from blast_search.judge import Judge
 from blast_search.latency_model import LatencyModel
+from blast_search.outputs import reference_outputs
 from blast_search.panel import Panel
 from blast_search.plan import FrontPoint, Plan, pareto
 from blast_search.plan_check import correction, cross_validated, measure_plans
-from blast_search.prepared import Prepared, prepare
+from blast_search.prepared import Prepared, check_calibration, prepare
 from blast_search.profiling import Profiler
 from blast_search.progress import SILENT, Reporter
 from blast_search.report import write_report
@@ -105,7 +105,8 @@ def search(
         workload, device, dtype, mode, profile, storage, trials, time_limit, retrain_steps, seed,
         every_workload,
     )  # fmt: skip
-    settings.check()
+    if not resume:  # else those on file count, and are checked as they are read
+        settings.check()
     with opened(settings, task, space, out, resume, workers, ray_address, report) as pipeline:
         return pipeline.run()
 
@@ -141,11 +142,14 @@ def opened(
             pass
     if resume:
         stored = stored_settings(folder, type(settings))
+        if loaded.name == stored.task:  # of a run that was started with an object
+            settings = replace(settings, task=stored.task)
     else:
         chosen = space if isinstance(space, SearchSpace) else load_space(settings.space)
         if settings.storage:
             check_database(settings.storage)
         prepared = prepare(loaded, settings, chosen)
+        check_calibration(prepared)
         kept = replace(settings, storage=without_password(settings.storage))
         start_folder(folder, asdict(kept), space_values(chosen))
     with locked(folder):
@@ -241,6 +245,11 @@ class Pipeline:
         )
         if p.note:
             say(p.note)
+        # Before minutes are spent on measuring: what a task's own code gets wrong is seen now.
+        self.dense_metric = float(
+            self.records.once("metric", "dense", "dense", lambda: evaluate(p.task, p.model))
+        )
+        say(f"dense model: {p.task.metric[0]} {self.dense_metric:.4g}")
         since = time.monotonic()
         self.profiler(table).run(self.settings.profile)
         self.took("profile", since)
@@ -249,10 +258,6 @@ class Pipeline:
         since = time.monotonic()
         engine = self.scored(latency)
         self.took("score", since)
-        self.dense_metric = float(
-            self.records.once("metric", "dense", "dense", lambda: evaluate(p.task, p.model))
-        )
-        say(f"dense model: {p.task.metric[0]} {self.dense_metric:.4g}")
         return engine
 
     def profiler(self, table: LatencyTable) -> Profiler:

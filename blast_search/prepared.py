@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from blast_search.batches import move_model
+from blast_search.batches import call_model, evaluating, move_model, to_device
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task, workloads_of
+from blast_search.fused import unfused
 from blast_search.latency import cells_for, describe, fingerprint
 from blast_search.layers import Workload, inventory
 from blast_search.modes import check_mode
+from blast_search.outputs import output_tensors
 from blast_search.settings import DTYPES, Settings, pick_device
 from blast_search.space import LayerSpec, SearchSpace
 from blast_search.tables import Cell
@@ -76,6 +78,28 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
     return Prepared(
         task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env, note
     )
+
+
+def check_calibration(prepared: Prepared) -> None:
+    """Call the model with the first calibration batch: its form is wrong now, or never.
+
+    Raises:
+        IncompatibleInputError: the model cannot be called with it, or returns nothing to judge.
+    """
+    task, model = prepared.task, prepared.model
+    for batch in task.calibration():
+        try:
+            with torch.no_grad(), evaluating(model), unfused():
+                output = call_model(model, to_device(batch, model))
+        except Exception as error:
+            raise IncompatibleInputError(
+                f"the model cannot be called with the first batch of task {task.name}'s "
+                f"calibration(): {type(error).__name__}: {error}. Expected batches without "
+                "labels: a tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)); of a "
+                "loader of (x, y), yield x."
+            ) from error
+        output_tensors(output)
+        break
 
 
 def _dtype_note(model: nn.Module, name: str) -> str:

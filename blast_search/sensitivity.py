@@ -105,6 +105,17 @@ def estimate_scores(
     with report.stage("probe layers", len(targets)) as advance:
         _probe(targets, fitter, panel, probes, deadline, advance)
     scales = measured_scales(targets, probes)
+    silent = [
+        layer.name
+        for layer, probe in targets.items()
+        if probes.values.get(("probe", layer.name, probe), (0.0, 1.0))[1] == 0.0
+    ]
+    if silent:
+        report.say(
+            f"{', '.join(silent[:4])}{' and others' if len(silent) > 4 else ''}: what replaces "
+            "them changes nothing in the outputs that are judged, and counts as free. Exclude "
+            "them, or wrap the model so that it returns what they are for."
+        )
     if len(scales) < len(targets):
         report.say(
             f"probed {len(scales)} of {len(targets)} layers in the time there was; the others "

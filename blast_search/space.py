@@ -114,7 +114,10 @@ class SearchSpace:
     output_head: bool = False
     ties: tuple[str, ...] = ()
     num_blocks: tuple[int, ...] = (1, 2, 4, 8)
-    keep: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75)
+    keep: tuple[float, ...] = (
+        0.04, 0.07, 0.1, 0.14, 0.18, 0.22, 0.26, 0.3, 0.34, 0.38, 0.42, 0.48, 0.55, 0.63, 0.72,
+        0.82,
+    )  # fmt: skip
     rank_multiple: int = 8
     uniform: bool = False
 

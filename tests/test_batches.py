@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from test_layers import found
 from torch import nn
 from toy import ToyTask
 
-from blast_search.batches import anywhere, divergence, output_tensor, to_device
+from blast_search.batches import anywhere, to_device
 from blast_search.calibrate import collect_grams
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import evaluate
 from blast_search.layers import Workload, inventory
 from blast_search.model_latency import time_variants
+from blast_search.outputs import divergence, output_tensors, token_mask
 from blast_search.retrain import retrain
 from blast_search.space import SearchSpace
 
@@ -60,7 +62,7 @@ def test_divergence():
     c[0, 2], c[1] = 99, 99
     assert divergence(c, b, mask) == 0  # padding does not count
     with pytest.raises(IncompatibleInputError, match="without a tensor"):
-        output_tensor("text")
+        output_tensors("text")
 
 
 def test_one_logit_alone_is_no_distribution():
@@ -119,26 +121,63 @@ class Detection:
     boxes: list[torch.Tensor]
 
 
-def test_the_tensor_that_an_output_is_about():
+class Heads(NamedTuple):
+    logits: torch.Tensor
+    boxes: torch.Tensor
+
+
+def test_the_tensors_that_an_output_is_about():
     loss, ids, wanted, other = torch.tensor(2.0), torch.arange(3), torch.ones(3, 2), torch.ones(4)
-    for output in (
-        {"loss": loss, "pred": wanted, "more": other},
-        (loss, ids, [None, {"deep": wanted}], other),
-        Detection(loss, [wanted, other]),
-        {"loss": loss, "inner": Detection(loss, [wanted])},
+    for output, tensors in (
+        (wanted, {"": wanted}),
+        ({"loss": loss, "pred": wanted, "more": other}, {"pred": wanted, "more": other}),
+        ((loss, ids, [None, {"deep": wanted}], other), {"3": other}),
+        ((loss, [None, {"deep": wanted}]), {"": wanted}),
+        (Detection(loss, [wanted, other]), {"": wanted}),
+        ({"loss": loss, "inner": Detection(loss, [wanted])}, {"": wanted}),
+        ({"loss": loss, "ids": ids}, {"": loss}),  # a scalar is all there is
+        (Output(wanted), {"logits": wanted}),
+        (Heads(wanted, other), {"logits": wanted, "boxes": other}),
+        ({"logits": wanted, "last_hidden_state": other}, {"logits": wanted}),
+        ({"pooled": wanted, "last_hidden_state": other},) * 2,
     ):
-        tensor, logits = output_tensor(output)
-        assert tensor is wanted
-        assert not logits
-    assert output_tensor({"loss": loss, "ids": ids}) == (loss, False)  # a scalar is all there is
+        assert output_tensors(output) == tensors
+        assert output_tensors(tensors) == tensors  # what a reference keeps reads the same
     for output in ({"ids": ids}, Detection, [], None):
         with pytest.raises(IncompatibleInputError, match="without a tensor"):
-            output_tensor(output)
+            output_tensors(output)
     outputs = pytest.importorskip("transformers.modeling_outputs")
     masked = outputs.MaskedLMOutput(loss=loss, logits=wanted, hidden_states=(other,))
-    assert output_tensor(masked) == (wanted, True)
+    assert output_tensors(masked) == {"logits": wanted}
     plain = outputs.BaseModelOutput(hidden_states=(wanted,))
-    assert output_tensor(plain) == (wanted, False)
+    assert output_tensors(plain) == {"": wanted}
+
+
+def test_all_heads_of_a_model_are_judged():
+    a, b, c, d = (torch.randn(4, 5) for _ in range(4))
+    kl, error = divergence(Output(a), Output(b), None), divergence(c, d, None)
+    assert divergence(Heads(a, c), Heads(b, d), None) == pytest.approx(float(kl + error))
+
+
+def test_outputs_of_other_sizes_are_refused():
+    for sizes in ((5, 7), (1, 4)):  # the latter would be broadcast
+        found, wanted = (torch.ones(n, 4) for n in sizes)
+        with pytest.raises(IncompatibleInputError, match=r"dense one .*\[[74], 4\]"):
+            divergence(found, wanted, None)
+    with pytest.raises(IncompatibleInputError, match="must not change its size"):
+        divergence((found,), (found, wanted), None)
+
+
+def test_a_mask_of_the_encoder_is_none_of_the_decoder():
+    mask, ids = torch.tensor([[1, 1, 0]]), torch.zeros(1, 3, dtype=torch.long)
+    encoder, decoder = {"attention_mask": mask}, {"decoder_attention_mask": mask}
+    longer = {"decoder_input_ids": torch.zeros(1, 5, dtype=torch.long)}
+    for batch, there in (
+        (encoder, True), (decoder, True), (encoder | longer, True), ({}, False), (ids, False),
+        (encoder | {"decoder_input_ids": ids}, False), (encoder | decoder, False),
+    ):  # fmt: skip
+        assert (token_mask(batch, (1, 3, 8)) is not None) == there
+        assert token_mask(batch, (1, 5, 8)) is None
 
 
 def test_the_output_head_is_found_beside_a_loss():

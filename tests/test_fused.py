@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from toy import ToyTask
 
-from blast_search.batches import divergences, reference_outputs
 from blast_search.calibrate import collect_grams
 from blast_search.fitting import Fitter
 from blast_search.fused import differentiable
 from blast_search.judge import Judge
 from blast_search.layers import Workload, inventory
+from blast_search.outputs import divergences, reference_outputs
 from blast_search.retrain import retrain
 from blast_search.space import DENSE, LayerSpec, SearchSpace
 
@@ -52,8 +52,8 @@ def test_padded_positions_are_computed_alike_in_dense_and_other_models(encoder, 
     layers = layers_of(encoder, batch)
     judge = Judge(encoder, layers, Fitter(encoder, layers, {}, {}), [batch])
     (wanted,) = judge.wanted()
-    assert bool(wanted[PADDING].all())
-    assert torch.equal(wanted, reference_outputs(encoder, [batch])[0])
+    assert bool(wanted[""][PADDING].all())
+    assert torch.equal(wanted[""], reference_outputs(encoder, [batch])[0][""])
     assert list(divergences(encoder, [batch], [wanted])) == [0]
     assert judge.gradients({layer.name: DENSE for layer in layers}, [0]).keys() == {
         layer.name for layer in layers

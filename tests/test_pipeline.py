@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from command import call
 from torch import nn
 from toy import Shallow, ToyTask
 
@@ -138,6 +139,22 @@ def test_resuming_a_finished_run_measures_nothing_and_keeps_the_plan(
     assert (copy / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_a_run_that_was_started_with_an_object_is_continued_with_its_name(
+    run: bs.Run, tmp_path: Path, monkeypatch, project: Path, workplace: None
+):
+    monkeypatch.syspath_prepend(str(project / "tests"))
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder, copy)
+    (copy / "plan.json").unlink()
+    assert call("--resume", str(copy), "--task", "toy:task", "--workers", "local", "-q") == 0
+    assert bs.Plan.load(copy).choices == run.plan.choices
+    (copy / "plan.json").unlink()
+    again = bs.search(ToyTask(), out=copy, resume=True, workers="local")  # the rest is on file
+    assert again.plan.choices == run.plan.choices
+    assert call("--resume", str(copy), "--task", "examples.own_task:task", "-q") == 2
+    assert bs.Plan.load(copy).choices == run.plan.choices
+
+
 def test_same_table_same_plan_with_ray_and_local(run: bs.Run, tmp_path: Path):
     """Every measurement is on file: what is left is the search, whoever would have measured."""
     plans = []
@@ -231,6 +248,16 @@ def test_a_wrong_storage_is_refused_before_anything_is_written(tmp_path: Path):
 def test_a_cluster_that_nobody_would_use_is_refused_before_anything_is_written(tmp_path: Path):
     with pytest.raises(UsageError, match="without Ray: workers is 'local'"):
         bs.search(ToyTask(), budget=0.5, ray_address="auto", out=tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_labelled_calibration_batches_are_refused_before_anything_is_measured(tmp_path: Path):
+    class Labelled(ToyTask):
+        def calibration(self):
+            return [[batch, torch.zeros(len(batch))] for batch in super().calibration()]
+
+    with pytest.raises(IncompatibleInputError, match=r"TypeError: .* of a loader of \(x, y\)"):
+        bs.search(Labelled(), budget=0.5, out=tmp_path / "run", **OPTIONS)
     assert not (tmp_path / "run").exists()
 
 
@@ -338,11 +365,19 @@ def test_a_short_retraining_decides_between_close_plans(tmp_path: Path, monkeypa
     monkeypatch.setattr(decision, "uniform_contenders", lambda *_: {})
     smaller = lambda engine, ratio, *_: engine.exact(0.75 * ratio)  # noqa: E731
     monkeypatch.setattr(decision, "_searched", smaller)
-    options = OPTIONS | {"trials": 2, "retrain_steps": 5}
-    run = bs.search(ToyTask(), budget=0.8, out=tmp_path / "r", **options)
-    records = [row for row in rows(tmp_path / "r" / "measured.csv")
-               if row["kind"] == "behind after 1 steps"]  # fmt: skip
-    assert {row["plan"] for row in records} == {"exact", "searched"}
+    options, out = OPTIONS | {"trials": 2, "retrain_steps": 5}, tmp_path / "r"
+
+    def decided() -> set[str]:
+        kind = "behind after 1 steps"
+        return {row["plan"] for row in rows(out / "measured.csv") if row["kind"] == kind}
+
+    # The first call of the task's loss.  Where it raises, the plan is on file all the same.
+    with pytest.raises(RuntimeError, match="no such label"):
+        bs.search(Raising(), budget=0.8, out=out, **options)
+    assert bs.Plan.load(out).measured["met_budget"]
+    assert not decided()
+    run = bs.search(ToyTask(), budget=0.8, out=out, resume=True, **options)
+    assert decided() == {"exact", "searched"}
     assert run.plan.measured["met_budget"]
 
 

@@ -17,7 +17,7 @@ LAYER = LayerSpec("a.0.fc", 48, 96, True, (Call(16),))
 
 
 def test_shipped_spaces_load():
-    assert load_space("default").num_blocks == (1, 2, 4, 8)
+    assert load_space("default") == SearchSpace()
     assert load_space("paper").uniform
     assert len(load_space("quick").keep) < len(load_space("default").keep)
     with pytest.raises(UsageError, match="default, paper, quick"):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from toy import WIDTH, ToyTask
 
-from blast_search.batches import divergence
 from blast_search.deadline import Deadline
 from blast_search.engine import Engine
 from blast_search.judge import Judge
 from blast_search.layers import Workload, find_layers
 from blast_search.matrix import BlastLinear
+from blast_search.outputs import divergence
 from blast_search.pipeline import opened
 from blast_search.progress import SILENT
 from blast_search.settings import Settings

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blast_search.batches import Batch, call_model, divergences, reference_outputs
+from blast_search.batches import Batch, call_model
 from blast_search.errors import UsageError
+from blast_search.outputs import divergences, reference_outputs
 
 DECAY = 0.6  # of the weights' column norms: column k has k ** -DECAY of the first one's
 

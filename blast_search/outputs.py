@@ -1,0 +1,160 @@
+"""Outputs: which tensors a model is judged by, and how far two outputs are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blast_search.batches import Batch, call_model, to_device
+from blast_search.errors import IncompatibleInputError
+from blast_search.fused import unfused
+
+LOGITS = "logits"
+
+
+def output_tensors(output: Any) -> dict[str, Tensor]:
+    """The tensors that carry an output's meaning; "logits" are those of classes.
+
+    A tensor stands for itself.  Of a container (dict, tuple, list, dataclass) these are all
+    floating tensors that it holds directly: a model with several heads is judged by all of them.
+    Scalars, most often a loss, count only where there is nothing else; hidden states, which
+    Hugging Face models return on the way to their logits, do not count beside these.  Of a
+    container that holds none directly, it is the first one deeper inside.
+
+    Raises:
+        IncompatibleInputError: there is no floating tensor.
+    """
+    if isinstance(output, Tensor):
+        return {"": output}
+    direct = {
+        name: value
+        for name, value in _items(output)
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    if any(LOGITS in name for name in direct):
+        direct = {name: value for name, value in direct.items() if "hidden_state" not in name}
+    if found := {name: value for name, value in direct.items() if value.dim()}:
+        return found
+    deep = [value for value in _tensors(output) if value.is_floating_point()]
+    if deep:
+        return {"": next((value for value in deep if value.dim()), deep[0])}
+    raise IncompatibleInputError(
+        f"the model returned {type(output).__name__} without a tensor. Expected a tensor, a "
+        "tuple or an output with .logits: wrap the model so that it returns one."
+    )
+
+
+def _items(output: Any) -> Iterator[tuple[str, Any]]:
+    """What a container holds, by name or place."""
+    if isinstance(output, Mapping):
+        yield from ((str(name), value) for name, value in output.items())
+    elif isinstance(output, tuple | list):
+        names = getattr(output, "_fields", range(len(output)))
+        yield from ((str(name), value) for name, value in zip(names, output, strict=True))
+    elif is_dataclass(output) and not isinstance(output, type):
+        yield from ((field.name, getattr(output, field.name)) for field in fields(output))
+    elif hasattr(output, LOGITS):
+        yield LOGITS, output.logits
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors inside an output, depth first."""
+    if isinstance(output, Tensor):
+        yield output
+    for _, value in _items(output):
+        yield from _tensors(value)
+
+
+def token_mask(batch: Batch, shape: tuple[int, ...]) -> Tensor | None:
+    """A boolean (B, L) mask of real tokens where the batch has one that fits `shape`.
+
+    Where encoder and decoder have as many tokens, it is not known whose they are: no mask.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+
+    def fitting(key: str) -> Tensor | None:
+        value = batch.get(key)
+        fits = isinstance(value, Tensor) and value.dim() == 2 and value.shape == shape[:2]
+        return value if fits else None
+
+    encoder, decoder = fitting("attention_mask"), fitting("decoder_attention_mask")
+    if encoder is not None and (decoder is not None or fitting("decoder_input_ids") is not None):
+        return None
+    mask = decoder if encoder is None else encoder
+    return None if mask is None else mask.bool()
+
+
+def divergence(output: Any, reference: Any, batch: Batch) -> Tensor:
+    """How far an output is from the dense model's: the loss that the search minimises, a scalar.
+
+    KL(dense || compressed) in nats per position for logits; otherwise the squared error relative
+    to the reference's squared norm; of several tensors (`output_tensors`) the sum.  Padding is
+    left out.
+
+    Classes are in the last dimension, or in the second of images (B, classes, height, width).  One
+    alone is no distribution but a number (regression), for which it is the squared error, too.
+
+    Raises:
+        IncompatibleInputError: the outputs hold other tensors, or tensors of other sizes.
+    """
+    found, wanted = output_tensors(output), output_tensors(reference)
+    sizes = [{name: list(t.shape) for name, t in tensors.items()} for tensors in (found, wanted)]
+    if sizes[0] != sizes[1]:
+        raise IncompatibleInputError(
+            f"the output of a compressed model has the sizes {sizes[0]}, that of the dense one "
+            f"{sizes[1]}. What is judged must not change its size with the values: wrap the model "
+            "so that it returns what comes before (the scores of all boxes, for instance)."
+        )
+    parts = [_divergence(found[name], wanted[name], name == LOGITS, batch) for name in wanted]
+    return torch.stack(parts).sum()
+
+
+def _divergence(found: Tensor, wanted: Tensor, logits: bool, batch: Batch) -> Tensor:
+    found, wanted = found.float(), wanted.to(found.device).float()
+    if logits and wanted.dim() == 4:
+        found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
+    mask = token_mask(batch, tuple(wanted.shape)) if wanted.dim() > 2 else None
+    if mask is not None:
+        found, wanted = found[mask], wanted[mask]
+    width = wanted.shape[-1] if wanted.dim() else 1
+    if logits and width > 1:
+        found, wanted = (t.reshape(-1, width).log_softmax(-1) for t in (found, wanted))
+        return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
+    return (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[dict[str, Tensor]]:
+    """What the dense model is judged by (`output_tensors`) on the calibration batches.
+
+    Raises:
+        IncompatibleInputError: an output is not finite.
+    """
+    outputs = []
+    for index, batch in enumerate(batches):
+        with unfused():
+            tensors = output_tensors(call_model(model, to_device(batch, model)))
+        if not all(bool(value.isfinite().all()) for value in tensors.values()):
+            raise IncompatibleInputError(
+                f"the model's output on calibration batch {index} is not finite (NaN or "
+                "infinity). Check the calibration data and the weights."
+            )
+        outputs.append(tensors)
+    return outputs
+
+
+@torch.no_grad()
+def divergences(
+    model: nn.Module, batches: Sequence[Batch], references: Sequence[Mapping[str, Tensor]]
+) -> Iterator[float]:
+    """`divergence` of one calibration batch after another."""
+    for batch, reference in zip(batches, references, strict=True):
+        with unfused():
+            output = call_model(model, to_device(batch, model))
+        yield float(divergence(output, reference, batch))
