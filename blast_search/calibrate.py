@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from blast_search.batches import Batch, call_model, evaluating, to_device
 from blast_search.errors import IncompatibleInputError
@@ -70,10 +72,13 @@ class _Pass:
         self.counts: dict[str, int] = defaultdict(int)
         self.batch: Batch = None
         # Of the current batch: what each layer read, call by call; the layer that was first to
-        # read something in its first call; the tensors, held so that their ids stay unique.
+        # read something in its first call.
         self.reads: dict[str, list[Read]] = defaultdict(list)
         self.first: dict[tuple[Read, int], str] = {}
-        self.held: list[Tensor] = []
+        # Numbers of tensors: ids are used again once the model has let go of one.  Holding them
+        # all would take the memory of every layer's input.
+        self.numbers = WeakTensorKeyDictionary()
+        self.count = itertools.count()
 
     def run(self, model: nn.Module, batch: Batch) -> bool:
         """Add a batch; False, with families split, where layers of a group read differently."""
@@ -89,7 +94,6 @@ class _Pass:
                 self.families[name] = split.setdefault(key, fresh)
         self.reads.clear()
         self.first.clear()
-        self.held.clear()
         return not odd
 
     def record(
@@ -106,9 +110,11 @@ class _Pass:
 
     def read(self, x: Tensor) -> Read:
         """What tells an input from the others of this batch: x += 1 makes another one of x."""
-        self.held.append(x)
-        # Changes of inference tensors are not counted: each call counts as another input.
-        return (id(x), x._version) if not x.is_inference() else (-len(self.held), 0)
+        if x.is_inference():  # whose changes are not counted: each call is another input
+            return next(self.count), 0
+        if x not in self.numbers:
+            self.numbers[x] = next(self.count)
+        return self.numbers[x], x._version
 
     def add(self, name: str, x: Tensor) -> None:
         """Add the rows of an input (..., n) to the sum of a leader."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
 from blast_search.batches import Batch, call_model, evaluating, to_device
@@ -204,7 +205,7 @@ def _trace(
 ) -> tuple[dict[nn.Module, tuple[Call, ...]], set[nn.Module]]:
     """Run each workload once: the calls of every linear layer, and the output heads."""
     calls: dict[nn.Module, list[Call]] = defaultdict(list)
-    outputs: dict[nn.Module, Tensor] = {}
+    outputs: dict[nn.Module, StorageWeakRef] = {}
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     heads = {head} if isinstance(head, nn.Module) else set()
@@ -212,7 +213,8 @@ def _trace(
 
     def record(module: nn.Module, _args: Any, output: Any) -> None:
         calls[module].append(Call(output.numel() // output.shape[-1], weight, name))
-        outputs[module] = output  # kept alive, so that its storage is not reused
+        # The data may go, which of all layers would take too much; the address is not reused.
+        outputs[module] = StorageWeakRef(output.untyped_storage())  # type: ignore[no-untyped-call]
 
     hooks = [module.register_forward_hook(record) for module in linears]
     try:
@@ -229,7 +231,7 @@ def _trace(
                 ) from error
             # `_cdata` tells storages apart also where they have no data (the "meta" device).
             results = {t.untyped_storage()._cdata for t in output_tensors(output).values()}
-            heads |= {m for m, o in outputs.items() if o.untyped_storage()._cdata in results}
+            heads |= {m for m, storage in outputs.items() if storage.cdata in results}
             outputs.clear()
     finally:
         for hook in hooks:

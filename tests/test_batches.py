@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from blast_search.batches import anywhere, to_device
 from blast_search.calibrate import collect_grams
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import evaluate
-from blast_search.layers import Workload, inventory
+from blast_search.layers import Workload, find_layers, inventory
 from blast_search.model_latency import time_variants
 from blast_search.outputs import divergence, output_tensors, token_mask
 from blast_search.retrain import retrain
@@ -178,6 +179,30 @@ def test_a_mask_of_the_encoder_is_none_of_the_decoder():
     ):  # fmt: skip
         assert (token_mask(batch, (1, 3, 8)) is not None) == there
         assert token_mask(batch, (1, 5, 8)) is None
+
+
+def test_looking_for_layers_and_grams_holds_no_layers_inputs_and_outputs():
+    """They would fill a GPU: of every linear layer of a large model at once."""
+    alive: list[bool] = []
+
+    class Forgetful(nn.Sequential):
+        def forward(self, x):
+            last: list[weakref.ref[torch.Tensor]] = []
+            for layer in self:
+                y = layer(x)
+                alive.extend(tensor() is not None for tensor in last)
+                last = [weakref.ref(y), weakref.ref(x)]
+                x = torch.relu(y)
+                del y
+            return x
+
+    model = Forgetful(*(nn.Linear(8, 8) for _ in range(4)))
+    layers = find_layers(model, [Workload("w", torch.randn(3, 8))])
+    assert len(layers) == 4
+    collect_grams(model, layers, [torch.randn(5, 8)])
+    # But for the input of the whole model, one of six in every pass, which its caller holds.
+    assert len(alive) >= 2 * 6
+    assert sum(alive) == len(alive) / 6
 
 
 def test_the_output_head_is_found_beside_a_loss():
