@@ -36,8 +36,8 @@ SEARCH_SWEEPS = 10  # enough to rank candidates; final factors get factorize.SWE
 class Fitter:
     """Factorises layers of a dense model with the Grams of its calibration data.
 
-    What is kept of all layers, Grams and bases, is kept on the CPU: for a language model of 7
-    billion parameters it is several times the model.
+    What is kept of all layers (Grams, bases, factors) is kept on the CPU: for a language model of
+    7 billion parameters it is several times the model.
     """
 
     def __init__(
@@ -89,7 +89,8 @@ class Fitter:
         else:
             b, r = candidate.num_blocks, candidate.rank
             factors = factorize(weight, b, r, gram, sweeps, self.basis(name).to(weight.device))
-        self._cache[key] = factors
+        u, v, s = (t.cpu() for t in (factors.U, factors.V, factors.S))
+        factors = self._cache[key] = Factors(u, v, s, factors.error)
         self._cached_bytes += _size(factors)
         while self._cached_bytes > self._room and len(self._cache) > 1:
             self._cached_bytes -= _size(self._cache.popitem(last=False)[1])
@@ -115,8 +116,6 @@ class Fitter:
 def _room(layers: Sequence[nn.Module]) -> int:
     """Bytes of factors to keep: what tangents ask for, as far as there is memory for it."""
     weights = [dense_weight(layer) for layer in layers]
-    if any(w.is_cuda for w in weights):  # factors stay where the weights are
-        return CACHE_BYTES
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     wanted = AROUND * sum(4 * w.numel() for w in weights)
     return max(CACHE_BYTES, min(wanted, memory // MEMORY_SHARE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.fused import unfused
 
 LOGITS = "logits"
+PARTS = 8  # of a GPU's free memory, references take one of so many at most
 
 
 def output_tensors(output: Any) -> dict[str, Tensor]:
@@ -133,10 +135,13 @@ def _divergence(found: Tensor, wanted: Tensor, logits: bool, batch: Batch) -> Te
 def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[dict[str, Tensor]]:
     """What the dense model is judged by (`output_tensors`) on the calibration batches.
 
+    On the model's device, as far as they fill no more than a part of a GPU's memory: logits of
+    language models are large.
+
     Raises:
         IncompatibleInputError: an output is not finite.
     """
-    outputs = []
+    outputs, room = [], _room(next(model.parameters()).device)
     for index, batch in enumerate(batches):
         with unfused():
             tensors = output_tensors(call_model(model, to_device(batch, model)))
@@ -145,8 +150,15 @@ def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[dict[str, 
                 f"the model's output on calibration batch {index} is not finite (NaN or "
                 "infinity). Check the calibration data and the weights."
             )
-        outputs.append(tensors)
+        room -= sum(value.nbytes for value in tensors.values())
+        kept = tensors if room > 0 else {name: value.cpu() for name, value in tensors.items()}
+        outputs.append(kept)
     return outputs
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of a device that references may take."""
+    return torch.cuda.mem_get_info(device)[0] / PARTS if device.type == "cuda" else math.inf
 
 
 @torch.no_grad()
