@@ -270,6 +270,12 @@ def test_the_fastest_is_chosen_and_kept(table):
     assert len(json.loads(table.read_text())) == 2
 
 
+def test_a_table_that_cannot_be_written_is_kept_in_memory(table):
+    table.parent.write_text("in the way of the folder")
+    assert tune.pick("a", (1,), [3, 1, 2], float, CUDA) == 1
+    assert tune.pick("a", (1,), [3, 1, 2], never, CUDA) == 1
+
+
 @pytest.mark.parametrize("damage", ["", "[1]", '{"a": ', "\xff", "{\"('a', (1,))\": 9}"])
 def test_a_damaged_or_outdated_table_is_measured_again(table, damage):
     table.parent.mkdir()

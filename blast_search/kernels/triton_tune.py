@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -75,8 +75,9 @@ def pick(
         times = _milliseconds(run, candidates, device, nested)
         choice = candidates[times.index(min(times))]
         # Read again: another process may have added its choices meanwhile.
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**_read(path), key: choice})
+        with suppress(OSError):  # no place to keep it: the next process tunes again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {**_read(path), key: choice})
     _chosen[known] = choice
     return choice
 
