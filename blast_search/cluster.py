@@ -63,6 +63,8 @@ def attached(address: str | None) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": 100 << 20,
             "num_cpus": os.cpu_count(),
+            # Ray asks NVML, which a container may lack where CUDA works.
+            "num_gpus": torch.cuda.device_count(),
         }
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
@@ -99,8 +101,9 @@ def _probe(address: str) -> None:
         ) from None
 
 
-def _describe(device_type: str, dtype: str, threads: int) -> dict[str, Any]:
+def _describe(device_type: str, dtype: str, threads: int, precision: str) -> dict[str, Any]:
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
     return describe(device_type, dtype)
 
 
@@ -157,7 +160,8 @@ def _ask(
         whole = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": size}
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ask.options(**whole, scheduling_strategy=place)
-        reference = task.remote(device_type, dtype, torch.get_num_threads())
+        settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        reference = task.remote(device_type, dtype, *settings)
         asked[reference] = (node["NodeID"], size)
     if not asked:
         return {}, {}

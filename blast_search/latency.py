@@ -47,7 +47,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     else:
         name, capability = _cpu_name(), torch.backends.cpu.get_cpu_capability()
-    return {
+    # TF32 on or off: CPUs have no such choice.
+    precision = {"float32": torch.get_float32_matmul_precision()} if device.type == "cuda" else {}
+    return precision | {
         "device": name,
         "device_type": device.type,
         "capability": capability,

@@ -40,6 +40,7 @@ class CellTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
+        torch.set_float32_matmul_precision(config["precision"])
         self.here = describe(config["device_type"], config["cell"].dtype)
         self.job = config
 
@@ -137,6 +138,7 @@ def run(
                 "cell": tune.grid_search(list(cells)),
                 "device_type": device_type,
                 "threads": torch.get_num_threads(),
+                "precision": torch.get_float32_matmul_precision(),
                 "measure": measure,
             },
             tune_config=TuneConfig(reuse_actors=True),

@@ -73,6 +73,8 @@ def measure_cells(
     if resolve(workers) == "ray":
         from blast_search import cluster, trainable
 
+        if device_type == "cuda":
+            torch.cuda.empty_cache()  # workers share the device with this process
         with cluster.attached(ray_address):
             places = cluster.places(cells[0].device, cells[0].dtype, device_type, say)
             trainable.run(cells, device_type, on_result, places, measure)
