@@ -59,7 +59,7 @@ def low_rank_basis(
     if gram is None:
         return whitened_svd(weight, None, max_rank)
     g = regularised(gram.to(weight.device, torch.float64))
-    warn_if_singular(gram, name)
+    warn_if_singular(gram.to(weight.device), name)
     return whitened_svd(weight, g, max_rank)
 
 

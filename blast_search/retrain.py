@@ -44,7 +44,8 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 def autocast_dtype(device: torch.device, teacher: nn.Module) -> torch.dtype | None:
     """bf16 where the device multiplies it faster than float32, else None."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else None
     # A float16 teacher's norms refuse what bf16 autocast hands them on a CPU.
     if any(p.dtype == torch.float16 for p in teacher.parameters()):
         return None
