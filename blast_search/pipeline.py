@@ -80,7 +80,7 @@ def search(
     every_workload: bool = False,
     report: Reporter = SILENT,
 ) -> Run:
-    """Search, build, retrain and verify the plan that meets the budgets (README, "Commands").
+    """Search, build, retrain and verify the plan that meets the budgets.
 
     Args:
         task: a Task, a built-in task's name, or "pkg.module:function".
@@ -91,6 +91,8 @@ def search(
         mode: how calls are timed (modes.py): "eager", "compiled", "cuda-graph".
         profile: "full" measures every candidate's cells, "pruned" those that could be chosen.
         every_workload: the budget holds on each workload, not only on their weighted sum.
+        report: told what is being done; by default nothing is printed, with
+            blast_search.progress.Reporter() it is on stderr.
 
     Returns:
         The finished run.
