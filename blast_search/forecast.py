@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from blast_search.cellcache import open_cache
+from blast_search.files import is_run
 from blast_search.latency import CELL_SECONDS, missing_cells
 from blast_search.prepared import prepare
 from blast_search.progress import Reporter, console
 from blast_search.runfolder import RunFolder
 from blast_search.sensitivity import ProbeTable
 from blast_search.settings import SETTING_NAMES, Settings
-from blast_search.space import load_space
+from blast_search.space import kept_space, load_space
 from blast_search.storage import own_file_damaged
 from blast_search.tables import LatencyTable
 from blast_search.tasks import SHAPES, load_task
@@ -25,15 +26,18 @@ def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[
     """What a search would measure, what is on file, and about how long the rest takes."""
     settings = Settings(**{k: values[k] for k in SETTING_NAMES})
     settings.check()
-    task, space = load_task(settings.task), load_space(settings.space)
+    task = load_task(settings.task)
+    out = Path(values["out"]) if values.get("out") else None
+    # A run to be resumed searches the space that it was started with.
+    space = kept_space(out, settings.space) if out and is_run(out) else load_space(settings.space)
     prepared = prepare(task, settings, space, meta=settings.task.startswith(SHAPES))
     if prepared.note:
         report.say(prepared.note)
     cells = missing = prepared.cells()
     done: dict[str, int] = {}
-    if out := values.get("out"):
-        table = LatencyTable.open(Path(out) / "latency.csv", prepared.fingerprint)
-        missing, done = missing_cells(table, cells), on_file(Path(out))
+    if out:
+        table = LatencyTable.open(out / "latency.csv", prepared.fingerprint)
+        missing, done = missing_cells(table, cells), on_file(out)
     cache = open_cache(prepared.fingerprint)
     cached = sum(cell in cache.cells for cell in missing)
     naive = sum(len(space.candidates(ly)) * len(ly.calls) for ly in prepared.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def test_what_agrees_with_a_run_to_resume_is_taken(capsys):
     Path("c.yaml").write_text("budget: 0.5\nout: run\nworkers: local\nspace: quick\n")
     agreeing = ["--config", "c.yaml", "--out", "./run", "--budget", "0.5"]
     assert call(*RUN, *agreeing, "--dry-run") == 0
+
+
+def test_the_dry_run_of_a_resumed_run_takes_the_space_that_it_kept(capsys):
+    stored(budget=0.5, space="mine.yaml")  # a file that is gone
+    Path("run/space.yaml").write_text("num_blocks: [2]\nkeep: [0.5]\n")
+    assert call(*RUN, "--dry-run", "--json") == 0
+    few = json.loads(capsys.readouterr().out)["cells"]
+    Path("mine.yaml").write_text("num_blocks: [1, 2, 4]\nkeep: [0.1, 0.2, 0.3]\n")
+    assert call(*RUN, "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["cells"] == few
+    Path("run/space.yaml").unlink()  # an older run: the file that it names
+    assert call(*RUN, "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["cells"] > few
 
 
 def test_workers_are_checked_by_every_verb_that_has_them(capsys):
