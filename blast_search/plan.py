@@ -13,6 +13,7 @@ from blast_search.space import DENSE, Candidate, LayerSpec
 
 SCHEMA_VERSION = 1
 WORDS = {dict: "an object", str: "text"}
+ANEW = "Take the original, or search again."
 Choices = Mapping[str, Candidate]
 
 
@@ -41,7 +42,7 @@ class LayerPlan:
 class Plan:
     """A plan and its evidence; what was predicted and what was measured are kept apart.
 
-    The nested mappings are JSON values as described in the README (section "Files").
+    The nested mappings are JSON values as described in docs/plan.md.
     `measured` is empty until a built model has been timed.
     """
 
@@ -84,7 +85,10 @@ class Plan:
     @classmethod
     def from_json(cls, value: Any, origin: str = "plan") -> Plan:
         if not isinstance(value, dict) or "schema_version" not in value:
-            raise IncompatibleInputError(f"{origin} is not a plan: it has no schema_version.")
+            raise IncompatibleInputError(
+                f"{origin} is not a plan: it has no schema_version. Expected a plan.json, or one "
+                "of a run's plans/, as blast-search writes them. Check the path."
+            )
         version = value["schema_version"]
         if version != SCHEMA_VERSION:
             raise IncompatibleInputError(
@@ -102,13 +106,15 @@ class Plan:
         names = {f.name for f in fields(cls)}
         if set(value) != names:
             odd = sorted(set(value) ^ names)
-            raise IncompatibleInputError(f"{origin}: missing or unknown fields {odd}.")
+            raise IncompatibleInputError(
+                f"{origin}: missing or unknown fields {odd}, expected those of schema_version "
+                f"{SCHEMA_VERSION}. {ANEW}"
+            )
         for name, hint in get_type_hints(cls).items():
             kind = get_origin(hint) or hint
             if kind is not Any and not isinstance(value[name], kind):
                 raise IncompatibleInputError(
-                    f"{origin}: {name} is {value[name]!r}, expected {WORDS[kind]}. Take the "
-                    "original, or search again."
+                    f"{origin}: {name} is {value[name]!r}, expected {WORDS[kind]}. {ANEW}"
                 )
         layers = {name: _layer(name, item, origin) for name, item in value["layers"].items()}
         return cls(**(value | {"layers": layers}))
@@ -117,7 +123,9 @@ class Plan:
 def _layer(name: str, item: Any, origin: str) -> LayerPlan:
     counts = ("num_blocks", "rank", "in_features", "out_features")
     if not isinstance(item, dict) or set(item) != {"kind", *counts}:
-        raise IncompatibleInputError(f"{origin}: layer {name} needs kind, {', '.join(counts)}.")
+        raise IncompatibleInputError(
+            f"{origin}: layer {name} is {item}, expected exactly kind, {', '.join(counts)}. {ANEW}"
+        )
     layer = LayerPlan(**item)
     b, r, n, m = (item[key] for key in counts)
     whole = all(type(item[key]) is int for key in counts)
@@ -127,7 +135,7 @@ def _layer(name: str, item: Any, origin: str) -> LayerPlan:
         return layer
     raise IncompatibleInputError(
         f'{origin}: layer {name} is {item}, expected kind "dense" with num_blocks = rank = 0, or '
-        '"blast" with num_blocks dividing both sides and rank >= 1.'
+        f'"blast" with num_blocks dividing both sides and rank >= 1. {ANEW}'
     )
 
 

@@ -157,7 +157,11 @@ def space_of(run: Path) -> SearchSpace:
 
 
 def read_layers(run: Path) -> list[LayerSpec]:
-    """layers.json as LayerSpecs."""
+    """layers.json as LayerSpecs.
+
+    Raises:
+        IncompatibleInputError: no such file, or a damaged one.
+    """
     path = run / "layers.json"
     try:
         return [
@@ -168,4 +172,7 @@ def read_layers(run: Path) -> list[LayerSpec]:
             for item in read_json(path)["layers"]
         ]  # fmt: skip
     except (KeyError, TypeError) as error:
-        raise IncompatibleInputError(f"{path} is damaged ({error}).") from error
+        raise IncompatibleInputError(
+            f"{path} is damaged ({type(error).__name__}: {error}), expected the layers as "
+            "blast-search wrote them. Restore the file from a copy, or measure in a new folder."
+        ) from error

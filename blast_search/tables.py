@@ -215,7 +215,10 @@ def merge_files(sources: Sequence[Path], target: Path) -> LatencyTable:
     """
     rows = [row for path in sources for row in read_rows(path, FIELDS)[:1]]
     if not rows:
-        raise IncompatibleInputError(f"no measured cells in {', '.join(map(str, sources))}.")
+        raise IncompatibleInputError(
+            f"no measured cells in {', '.join(map(str, sources))}, expected tables (latency.csv) "
+            "of `blast-search profile`. Check the paths."
+        )
     merged = LatencyTable.open(target, rows[0]["device"])
     for path in sources:
         merged.merge(LatencyTable.open(path, merged.device))
@@ -241,7 +244,11 @@ def _parse_row(row: Mapping[str, str], origin: str) -> tuple[Cell, Measurement |
             f"{origin}: {error}. Remove the damaged line; the cell will be measured again."
         ) from error
     if not (0 < measured.ratio < float("inf") and 0 < measured.dense_us < float("inf")):
-        raise IncompatibleInputError(f"{origin}: a latency must be positive and finite.")
+        raise IncompatibleInputError(
+            f"{origin}: ratio {measured.ratio:g} and {measured.dense_us:g} us for dense, expected "
+            "positive and finite latencies. Remove the damaged line; the cell will be measured "
+            "again."
+        )
     return cell, measured
 
 

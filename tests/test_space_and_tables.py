@@ -10,6 +10,7 @@ import pytest
 from blast_search.errors import IncompatibleInputError, RunLockedError, UsageError
 from blast_search.files import append_row, locked, read_json, read_rows, write_json
 from blast_search.plan import FrontPoint, LayerPlan, Plan, pareto
+from blast_search.replan import read_layers
 from blast_search.space import DENSE, Call, Candidate, LayerSpec, SearchSpace, load_space
 from blast_search.tables import Cell, LatencyTable, Measurement
 
@@ -112,10 +113,12 @@ def test_foreign_and_damaged_tables_are_refused(tmp_path: Path):
     with pytest.raises(IncompatibleInputError, match="measured on device d1, this is d2"):
         LatencyTable.open(path, "d2")
     good = path.read_text()
-    for bad in (good.replace(",0.5,", ",x,"), good.replace(",0.5,", ",-1,"), "a,b\n1,2\n"):
+    damaged = (good.replace(",0.5,", ",x,"), good.replace(",0.5,", ",-1,"))
+    for bad in (*damaged, "a,b\n1,2\n"):
         path.write_text(bad)
-        with pytest.raises(IncompatibleInputError, match=r"latency\.csv"):
+        with pytest.raises(IncompatibleInputError, match=r"latency\.csv") as error:
             LatencyTable.open(path, "d1")
+        assert ("Remove the damaged line" in str(error.value)) == (bad in damaged)
 
 
 def test_shared_layers_cost_every_call():
@@ -162,8 +165,11 @@ def test_every_truncation_and_edit_of_a_plan_is_refused(tmp_path: Path):
     ("change", "message"),
     [
         ({"schema_version": 2}, "schema_version 2"),
-        ({"layers": {"a": {"kind": "blast"}}}, "layer a needs kind"),
-        ({"extra": 1}, "missing or unknown fields"),
+        (
+            {"layers": {"a": {"kind": "blast"}}},
+            "layer a is .* expected exactly kind, .* search",
+        ),
+        ({"extra": 1}, r"missing or unknown fields \['extra'\], expected .* or search again"),
     ],
 )
 def test_plans_of_other_shapes_are_refused(change, message):
@@ -173,6 +179,19 @@ def test_plans_of_other_shapes_are_refused(change, message):
 
     with pytest.raises(IncompatibleInputError, match=message):
         Plan.from_json(value | {"sha256": sha256_json(value)})
+
+
+def test_what_is_no_plan_is_told_what_one_is():
+    for value in ([], {"budget": 0.3}):
+        with pytest.raises(IncompatibleInputError, match=r"no schema_version\. Expected .* Check"):
+            Plan.from_json(value)
+
+
+@pytest.mark.parametrize("value", [[], {"skipped": {}}, {"layers": [{"name": "a"}]}])
+def test_a_damaged_inventory_says_what_to_do(value: object, tmp_path: Path):
+    write_json(tmp_path / "layers.json", value)
+    with pytest.raises(IncompatibleInputError, match=r"layers\.json is damaged .* Restore"):
+        read_layers(tmp_path)
 
 
 def test_impossible_layer_plan_is_refused():
