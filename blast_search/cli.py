@@ -268,8 +268,11 @@ def _unexpected(error: BaseException, verbose: bool) -> str:
 
 def _on_file(error: BaseException) -> str:
     """How to go on with the run that an error ended (commands._naming_the_run)."""
-    run = getattr(error, "run", None)
-    return f" What was measured is on file: continue with --resume {run}." if run else ""
+    if not (run := getattr(error, "run", None)):
+        return ""
+    from blast_search.report import resuming
+
+    return f" What was measured is on file: continue with `{resuming(run)}`."
 
 
 def _told(

@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from blast_search.document import number, pick, show
-from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.errors import UsageError
 from blast_search.figures import read_front
 from blast_search.files import make_folder, read_rows, write_bytes
 from blast_search.plan import CHOSEN, FrontPoint, Plan
 from blast_search.progress import console
 from blast_search.replan import model_ratio, plan_at
-from blast_search.report import RATIOS, budget_text, write_report
+from blast_search.report import RATIOS, budget_text, unfinished, write_report
 
 _, PREDICTED, MEASURED, _, _, _ = FrontPoint.FIELDS
 ADDED = ("model_latency_ratio", "macs_ratio", "params_ratio", "budget_scope")
@@ -41,9 +41,7 @@ def pareto(
     if at is not None and not 0 < at <= 1:
         raise UsageError(f"--at is {at:g}, expected a ratio above 0 and up to 1.")
     if not (run / "front.csv").is_file():
-        raise IncompatibleInputError(
-            f"{run} has no front.csv: the run is not finished. Continue it with --resume {run}."
-        )
+        raise unfinished(run, "front.csv")
     base = Plan.load(run / "plan.json")
     rows = front_rows(run, base)
     result: dict[str, Any] = {}

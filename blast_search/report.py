@@ -34,7 +34,7 @@ from blast_search.document import (
 )
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.figures import FrontRow, front_png, read_front
-from blast_search.files import write_bytes, write_text
+from blast_search.files import is_run, read_yaml_mapping, write_bytes, write_text
 from blast_search.plan import Plan
 
 SCOPES = {
@@ -148,10 +148,7 @@ def write_report(run: Path, price_per_hour: float = 1.0) -> None:
             f"the price per hour is {price_per_hour}, expected a number >= 0, for instance 1.5."
         )
     if not (run / "plan.json").is_file():
-        raise IncompatibleInputError(
-            f"{run} holds no plan.json, expected a run folder with a finished search. Continue "
-            f"the run with `blast-search search --resume {run}`, or check the path."
-        )
+        raise unfinished(run, "plan.json")
     plan, front = Plan.load(run / "plan.json"), read_front(run / "front.csv")
     line, label = _budget_line(plan)
     png = front_png(front, line, label)
@@ -168,6 +165,38 @@ def write_report(run: Path, price_per_hour: float = 1.0) -> None:
     ]
     write_text(run / "report.md", to_markdown(title, sections))
     write_text(run / "report.html", to_html(title, sections))
+
+
+def unfinished(run: Path, file: str) -> IncompatibleInputError:
+    """The error of a folder without a file that every finished search leaves, by what it is."""
+    text = f"{run} holds no {file}, expected a run folder with a finished search."
+    if is_comparison(run):
+        text = f"{run} is the folder of a comparison, which has no {file}, expected a search's."
+        if (run / "compare.md").is_file():
+            return IncompatibleInputError(f"{text} Read {run / 'compare.md'}.")
+        text += " It is not finished, either."
+    if is_run(run):
+        return IncompatibleInputError(f"{text} Continue it with `{resuming(run)}`.")
+    if (run / "latency.csv").is_file():
+        text = f"{run} is a latency table (`blast-search profile`), expected a finished search."
+        return IncompatibleInputError(
+            f"{text} `blast-search search --out {run}` begins one with the table's cells; give it "
+            "a budget, and the task and space of the table."
+        )
+    return IncompatibleInputError(f"{text} Check the path.")
+
+
+def is_comparison(run: Path) -> bool:
+    """Whether the run in a folder was started by `compare`: it keeps how often to retrain."""
+    try:
+        return is_run(run) and "seeds" in read_yaml_mapping(run / "config.yaml")
+    except IncompatibleInputError:
+        return False
+
+
+def resuming(run: Path) -> str:
+    """The command that continues the run in a folder."""
+    return f"blast-search {'compare' if is_comparison(run) else 'search'} --resume {run}"
 
 
 def verdict(plan: Plan) -> Notice:

@@ -70,7 +70,8 @@ def test_what_ends_a_run_names_its_folder(end: str, verb: str, monkeypatch, caps
     assert told["run"] == "r"
     assert told["exit_code"] == code
     assert shown.err.count("run folder: r") == 1
-    assert ("continue with --resume r" in told["error"]) == (code != 3)
+    advice = f"continue with `blast-search {verb} --resume r`"
+    assert (advice in told["error"]) == (code != 3)
 
 
 def test_other_verbs_do_not_speak_of_a_run(monkeypatch, capsys):

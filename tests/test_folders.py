@@ -104,6 +104,35 @@ def test_work_that_fails_leaves_no_new_folder(run: Path, capsys):
     assert Path("here").is_dir()
 
 
+def written(folder: str, *files: str) -> None:
+    Path(folder).mkdir()
+    for file in files:
+        (Path(folder) / file).write_text("seeds: 3\n" if file == "config.yaml" else "")
+
+
+@pytest.mark.parametrize("verb", ["report", "pareto"])
+def test_a_folder_without_a_search_is_told_by_what_it_is(verb: str, capsys):
+    written("finished", "config.yaml", "compare.md")
+    written("begun", "config.yaml")
+    written("table", "latency.csv")
+    written("other")
+    written("stopped", "config.yaml")
+    Path("stopped/config.yaml").write_text("seed: 3\n")
+    words = {
+        "finished": "finished is the folder of a comparison",
+        "begun": "Continue it with `blast-search compare --resume begun`.",
+        "table": "`blast-search search --out table` begins one with the table's cells",
+        "other": "Check the path.",
+        "stopped": "Continue it with `blast-search search --resume stopped`.",
+    }
+    for folder, text in words.items():
+        assert call(verb, folder) == 4
+        message = capsys.readouterr().err
+        assert text in message
+        assert ("--resume" in message) == (folder in ("begun", "stopped"))
+        assert ("Read finished/compare.md." in message) == (folder == "finished")
+
+
 def test_a_model_module_that_exits_is_an_error(run: Path, monkeypatch, tmp_path: Path, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("script.py").write_text("import sys\nsys.exit(3)\n")
