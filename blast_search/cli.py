@@ -88,7 +88,11 @@ def search(
     ] = None,
     trials: TrialsOption = 20,
     time_limit: Annotated[
-        float | None, typer.Option(help="Minutes for the whole run; half of it for the search.")
+        float | None,
+        typer.Option(
+            help="Minutes to aim at, half of them for the search; profiling and the last timing "
+            "are not cut."
+        ),
     ] = None,
     retrain_steps: StepsOption = None,
     out: OutOption = None,
@@ -160,13 +164,13 @@ def report(
 
 @app.command()
 def tasks(as_json: JsonOption = False, verbose: VerboseOption = False) -> dict[str, Any] | None:
-    """List the built-in tasks."""
-    from blast_search.tasks import BUILTIN
+    """List the built-in tasks, and how others are named."""
+    from blast_search.tasks import BUILTIN, OTHER_FORMS
 
     if as_json:
-        return {"tasks": BUILTIN}
-    for name, text in BUILTIN.items():
-        typer.echo(f"{name:<10} {text}")
+        return {"tasks": BUILTIN, "other_forms": OTHER_FORMS}
+    for name, text in (BUILTIN | OTHER_FORMS).items():
+        typer.echo(f"{name:<20} {text}")
     return None
 
 

@@ -16,7 +16,10 @@ import typer
 
 from blast_search.progress import Reporter
 
-TaskOption = Annotated[str, typer.Option(help="Built-in task, or pkg.module:function.")]
+TaskOption = Annotated[
+    str,
+    typer.Option(help="Built-in task, pkg.module:function, hf:FOLDER?text=FILE or shapes:NAME."),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 SpaceOption = Annotated[str, typer.Option(help="Search space: a shipped name or a YAML file.")]
@@ -46,9 +49,15 @@ StepsOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option(help="Run folder (default: results/<run>).")]
 ResumeOption = Annotated[Path | None, typer.Option(help="Continue the run in this folder.")]
-PlanTaskOption = Annotated[str | None, typer.Option(help="Default: the plan's own task.")]
+PlanTaskOption = Annotated[
+    str | None, typer.Option(help="Default: the plan's own task; beside --model, none.")
+]
 ModelOption = Annotated[
-    str | None, typer.Option(help="pkg.module:function that returns the dense model.")
+    str | None,
+    typer.Option(
+        help="pkg.module:function that returns the dense model; only a --task beside it "
+        "gives calibration data."
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from blast_search import apply as apply_plan
 from blast_search import load, save
+from blast_search.apply import WEIGHTS
 from blast_search.batches import move_model
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.evaluate import (
@@ -38,18 +39,33 @@ from blast_search.report import SCOPES, budget_text
 from blast_search.retrain import recover
 from blast_search.settings import DTYPES, pick_device
 from blast_search.space import SearchSpace
-from blast_search.tasks import exit_text, load_task
+from blast_search.tasks import exit_text, load_task, names_no_task, refuse_path
 
 
 def _task_of(plan: Plan, task: str | None) -> Task:
     spec = task or plan.task
     if not spec:
         raise UsageError("the plan names no task: give one with --task.")
+    if not task and names_no_task(spec):
+        raise UsageError(
+            f"this plan's task {spec!r} was a Python object, which no command can find by that "
+            "name. Give --task pkg.module:function, a function that returns it."
+        )
     return load_task(spec)
+
+
+def _check_saved(folder: Path) -> None:
+    """Refuse the folder of a run where the one of its model is meant."""
+    if not (folder / WEIGHTS).is_file() and (folder / "model" / WEIGHTS).is_file():
+        raise UsageError(
+            f"{folder} is the folder of a run, expected one of a saved model; the run's own "
+            f"model is in {folder / 'model'}. Name that."
+        )
 
 
 def _factory(spec: str) -> Callable[[], nn.Module]:
     """A function pkg.module:function that returns the dense model."""
+    refuse_path("--model", spec)
     module, _, name = spec.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -89,6 +105,7 @@ def refresh(
     folder: Path, task: str | None, model: str | None, out: Path | None, report: Reporter
 ) -> dict[str, Any]:
     """The plan of a saved model on an updated dense checkpoint, from the old factors."""
+    _check_saved(folder)
     plan = Plan.load(folder)
     with leaving(out or folder, folder):
         factory, calibration = _dense(plan, task, model, report)
@@ -156,6 +173,7 @@ def retrain(
     Raises:
         IncompatibleInputError: the last try failed (no batches, a loss that is not finite).
     """
+    _check_saved(folder)
     plan = Plan.load(folder)
     with leaving(out or folder, folder):
         return _retrained(folder, plan, _task_of(plan, task), steps, out or folder, seed, report)
@@ -194,6 +212,7 @@ def verify(
     folder: Path, task: str | None, seconds: float, report: Reporter, silent: bool
 ) -> dict[str, Any]:
     """Quality, latency, parameters and MACs of a saved model against dense."""
+    _check_saved(folder)
     plan = Plan.load(folder)
     loaded = _task_of(plan, task)
     # As the plan was measured: on its kind of device, in its dtype, called in its mode.

@@ -153,9 +153,12 @@ def test_workload_option(capsys):
 def test_report_tasks_doctor_version(run: Path, capsys):
     assert call("report", str(run), "--price-per-hour", "2.5") == 0
     assert call("tasks") == 0
-    assert all(name in capsys.readouterr().out for name in ("minilm",))
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("minilm", "pkg.module:", "hf:FOLDER", "shapes:NAME"))
     assert call("tasks", "--json") == 0
-    assert set(json.loads(capsys.readouterr().out)["tasks"]) == {"minilm", "smollm2", "vit"}
+    listed = json.loads(capsys.readouterr().out)
+    assert set(listed["tasks"]) == {"minilm", "smollm2", "vit"}
+    assert all(f"{form}:" in str(listed["other_forms"]) for form in ("hf", "shapes", "module"))
     assert call("doctor", "--json") == 0
     assert json.loads(capsys.readouterr().out)["noise"]["median_us"] > 0
     cli.main(["--version"])

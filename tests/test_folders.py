@@ -104,6 +104,30 @@ def test_work_that_fails_leaves_no_new_folder(run: Path, capsys):
     assert Path("here").is_dir()
 
 
+def test_a_plan_made_from_python_is_told_to_need_a_task(run: Path, capsys):
+    bs.save(bs.apply(ToyTask().model(), replace(toy_plan(), task="toy")), "python")
+    verbs = ("verify python", "retrain python", "refresh python", "apply python --out x")
+    for verb in verbs:
+        assert call(*verb.split(), "-q") == 2
+        message = capsys.readouterr().err
+        assert "this plan's task 'toy' was a Python object" in message
+        assert "Give --task pkg.module:function" in message
+    assert call("apply", "python", "--task", "toy", "--out", "x", "-q") == 2
+    assert "unknown task 'toy'. Expected one of" in capsys.readouterr().err
+    assert call("apply", "python", "--task", "toy:task", "--out", "x", "-q") == 0
+
+
+def test_the_folder_of_a_run_is_told_from_the_one_of_its_model(run: Path, capsys):
+    for verb in ("verify run", "retrain run --out x", "refresh run --out x"):
+        assert call(*verb.split(), "-q") == 2
+        message = capsys.readouterr().err
+        assert "run is the folder of a run, expected one of a saved model" in message
+        assert "run/model. Name that." in message
+    (run / "model/model.safetensors").unlink()
+    assert call("verify", "run", "-q") == 4
+    assert "run/model.safetensors does not exist" in capsys.readouterr().err
+
+
 def written(folder: str, *files: str) -> None:
     Path(folder).mkdir()
     for file in files:
@@ -131,6 +155,28 @@ def test_a_folder_without_a_search_is_told_by_what_it_is(verb: str, capsys):
         assert text in message
         assert ("--resume" in message) == (folder in ("begun", "stopped"))
         assert ("Read finished/compare.md." in message) == (folder == "finished")
+
+
+def test_a_path_is_no_model_module(run: Path, capsys):
+    for verb in ("apply run/plan.json", "refresh run/model"):
+        assert call(*verb.split(), "--model", "./make.py:model", "--out", "x") == 2
+        message = capsys.readouterr().err
+        assert "--model './make.py:model' is the path of a file" in message
+        assert "Give make:model." in message
+
+
+def test_the_help_says_what_goes_with_a_model(capsys):
+    assert call("apply", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "the plan's own task; beside --model, none" in text
+    assert "only a --task beside it gives calibration data" in text
+
+
+def test_the_help_says_what_a_time_limit_does_not_cut(capsys):
+    assert call("search", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "profiling and the last timing are not cut" in text
+    assert "pkg.module:function, hf:FOLDER?text=FILE or shapes:NAME" in text
 
 
 def test_a_model_module_that_exits_is_an_error(run: Path, monkeypatch, tmp_path: Path, capsys):

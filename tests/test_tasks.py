@@ -200,8 +200,29 @@ def test_a_module_that_is_not_python_is_named(my_module: str) -> None:
 
 def test_a_task_that_needs_a_package_says_which(my_module: str) -> None:
     Path("needy.py").write_text("import no_such_package_here\n")
-    with pytest.raises(MissingDependencyError, match="pip install no_such_package_here"):
+    with pytest.raises(MissingDependencyError) as error:
         load_task("needy:task")
+    assert "imports the module no_such_package_here, which is not installed" in str(error.value)
+    # PIL, cv2 and sklearn are modules of packages with other names.
+    assert "pip install PACKAGE, the package that holds it" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "advice"),
+    [
+        ("./mine.py:task", "Give mine:task."),
+        ("mine.py:task", "Give mine:task."),
+        ("folder/mine.py:task", "Give folder.mine:task."),
+        ("folder/mine:task", "Give folder.mine:task."),
+        (".mine:task", "Give mine:task."),
+        ("../mine.py:task", "Give mine:task, and call it from the folder ..."),
+        ("/some/mine.py:task", "Give mine:task, and call it from the folder /some."),
+    ],
+)
+def test_the_path_of_a_file_is_told_from_the_name_of_a_module(spec: str, advice: str) -> None:
+    with pytest.raises(UsageError, match="is the path of a file, expected a module's name") as e:
+        load_task(spec)
+    assert str(e.value).endswith(advice)
 
 
 @pytest.mark.parametrize("module", [minilm, smollm2])

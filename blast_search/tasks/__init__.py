@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
@@ -20,6 +21,11 @@ BUILTIN: dict[str, str] = {
     "vit": "small vision transformer trained here on Fashion-MNIST: accuracy",
 }
 SHAPES = "shapes:"  # a published architecture without its weights
+OTHER_FORMS: dict[str, str] = {
+    "pkg.module:function": "a task of your own: what the function returns",
+    "hf:FOLDER?text=FILE": "a Hugging Face text model, and a text (or ?dataset=NAME, or neither)",
+    "shapes:NAME": "a published architecture, random weights, for latency (profile --shapes)",
+}
 _METHODS = ("model", "workload", "calibration", "evaluate", "train_batches", "loss")
 _FORMS = (
     f"Expected one of {', '.join(BUILTIN)}, or pkg.module:function (a function that returns a "
@@ -49,7 +55,36 @@ def load_task(spec: str) -> Task:
     module_name, colon, function_name = spec.partition(":")
     if not colon or not module_name or not function_name:
         raise UsageError(f"unknown task {spec!r}. {_FORMS} Run `blast-search tasks` for a list.")
+    refuse_path("the task", spec)
     return check_task(spec, _call(spec, module_name, function_name))
+
+
+def names_no_task(spec: str) -> bool:
+    """Whether `load_task` knows no such form, as of the name of a task object."""
+    return spec not in BUILTIN and ":" not in spec
+
+
+def refuse_path(what: str, spec: str) -> None:
+    """Refuse a file's path where a module's name belongs: Python's own errors do not say that.
+
+    Args:
+        what: the message begins with it.
+        spec: should be pkg.module:function.
+
+    Raises:
+        UsageError: it is a path; the message says which name to give.
+    """
+    module, _, function = spec.partition(":")
+    if not (module.endswith(".py") or "/" in module or module.startswith(".")):
+        return
+    path = Path(module.removesuffix(".py"))
+    elsewhere = path.is_absolute() or ".." in path.parts
+    name = path.name if elsewhere else ".".join(path.parts).strip(".")
+    where = f", and call it from the folder {path.parent}" if elsewhere else ""
+    raise UsageError(
+        f"{what} {spec!r} is the path of a file, expected a module's name. "
+        f"Give {name}:{function}{where}."
+    )
 
 
 def _load_hf(spec: str) -> Task:
@@ -79,8 +114,8 @@ def _call(spec: str, module_name: str, function_name: str) -> object:
             f"{missing}."
         ):
             raise MissingDependencyError(
-                f"the task {spec!r} imports {missing}, not installed here; "
-                f"run: pip install {missing.partition('.')[0]}"
+                f"the task {spec!r} imports the module {missing}, which is not installed here. "
+                "Run: pip install PACKAGE, the package that holds it (its name may be another)."
             ) from error
         raise UsageError(
             f"cannot import the module {module_name!r} of the task {spec!r}: {error}. {_FORMS} "
