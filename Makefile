@@ -23,7 +23,8 @@ check: $(VENV)/.test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch alone and pinned first: a bare `torch` would pull gigabytes of CUDA packages.
+# constraints.txt pins the versions that CI proves, not a build of torch: on most Linux machines this
+# is the one for CUDA.  Another build of that version that is in .venv already stays.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) torch
 	$(PIP) -e '.[demo]'

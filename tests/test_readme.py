@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from blast_search.space import SearchSpace, space_values
+
+PARTS = ("model", "environment", "budget", "predicted")
 
 
 def blocks(project: Path, language: str) -> list[str]:
@@ -70,6 +75,21 @@ def test_the_python_example_runs(project: Path, clone: Path, cells: Path):
         cwd=clone, env=environment(project, clone, cells), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_fields_of_plans_and_the_keys_of_spaces_are_described(project: Path):
+    text = (project / "docs/plan.md").read_text()
+    plan = json.loads((project / "results/minilm-0.3/plan.json").read_text())
+    for part in (plan, plan["measured"], plan["search"], *map(plan.get, PARTS)):
+        assert [key for key in part if f"`{key}`" not in text and not key.endswith("_ci95")] == []
+    readme = (project / "README.md").read_text()
+    assert [key for key in space_values(SearchSpace()) if f"`{key}`" not in readme] == []
+
+
+def test_links_lead_to_files(project: Path):
+    for page in (project / "README.md", *project.glob("docs/*.md"), project / "results/README.md"):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_its_tables_are_kept_results(project: Path):
