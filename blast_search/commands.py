@@ -30,7 +30,7 @@ from blast_search.runfolder import RunFolder, stored_settings
 from blast_search.settings import SETTING_NAMES, Settings
 from blast_search.space import LayerSpec, load_space
 from blast_search.tables import LatencyTable
-from blast_search.tasks import SHAPES, load_task
+from blast_search.tasks import SHAPES, load_task, names_no_task
 from blast_search.workers import check_workers
 
 NOT_SETTINGS = (
@@ -90,8 +90,13 @@ def _stored(resume: Path, kind: type[Settings], asked: Mapping[str, Any]) -> dic
     stored = asdict(stored_settings(resume, kind))
     if "storage" in asked:
         stored["storage"] = asked["storage"]
-    if ":" not in stored["task"] and "task" in asked:
-        stored["task"] = asked["task"]  # of a run that was started with an object: see `opened`
+    if names_no_task(stored["task"]):  # whether it is the same is seen in `opened`
+        if "task" not in asked:
+            raise UsageError(
+                f"{resume} was started with a Python object, of which its name "
+                f"{stored['task']!r} is kept: give --task pkg.module:function beside --resume."
+            )
+        stored["task"] = asked["task"]
     changed = [k for k in stored if k in asked and asked[k] != stored[k]]
     if asked.get("out") and Path(asked["out"]).resolve() != resume.resolve():
         changed.append("out")

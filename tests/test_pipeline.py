@@ -140,7 +140,7 @@ def test_resuming_a_finished_run_measures_nothing_and_keeps_the_plan(
 
 
 def test_a_run_that_was_started_with_an_object_is_continued_with_its_name(
-    run: bs.Run, tmp_path: Path, monkeypatch, project: Path, workplace: None
+    run: bs.Run, tmp_path: Path, monkeypatch, project: Path, workplace: None, capsys
 ):
     monkeypatch.syspath_prepend(str(project / "tests"))
     copy = tmp_path / "copy"
@@ -152,6 +152,9 @@ def test_a_run_that_was_started_with_an_object_is_continued_with_its_name(
     again = bs.search(ToyTask(), out=copy, resume=True, workers="local")  # the rest is on file
     assert again.plan.choices == run.plan.choices
     assert call("--resume", str(copy), "--task", "examples.own_task:task", "-q") == 2
+    assert "task cannot change" in capsys.readouterr().err
+    assert call("--resume", str(copy), "-q") == 2
+    assert "was started with a Python object" in capsys.readouterr().err
     assert bs.Plan.load(copy).choices == run.plan.choices
 
 
