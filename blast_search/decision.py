@@ -12,7 +12,7 @@ from blast_search import additivity
 from blast_search.closed_loop import CLOSE, Make, meet, meet_together
 from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
-from blast_search.last_timing import FINAL_SECONDS, Decision, final
+from blast_search.last_timing import FASTEST, FINAL_SECONDS, Decision, final
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
@@ -254,9 +254,9 @@ def uniform_contenders(
 def _fastest(engine: Engine, exact: Contender | None, target: float) -> tuple[Contender, Make]:
     """The fastest plan there is, measured: the last resort, and what an infeasible budget gets."""
     choices = engine.fastest()
-    (timing,) = engine.time("fastest", {"fastest": choices}, FINAL_SECONDS)
+    (timing,) = engine.time(FASTEST, {FASTEST: choices}, FINAL_SECONDS)
     ratio = engine.measured_ratio(choices, timing)
-    fastest = Contender("fastest", choices, timing, ratio, ratio <= target)
+    fastest = Contender(FASTEST, choices, timing, ratio, ratio <= target)
     if exact is not None and exact.ratio < ratio:
         fastest = exact
     return fastest, lambda _: fastest.choices

@@ -15,7 +15,7 @@ from blast_search.engine import Contender, Engine
 from blast_search.evaluate import describe_workloads, size_ratios
 from blast_search.files import write_rows
 from blast_search.filling import FILLED
-from blast_search.last_timing import Decision
+from blast_search.last_timing import FASTEST, Decision
 from blast_search.latency_model import error_statistics
 from blast_search.model_latency import Timing
 from blast_search.noise import table_noise
@@ -188,6 +188,8 @@ class Describer:
                 "plan; what that one left of the budget went to single layers, which was better "
                 "still."
             )
+        if chosen.name == FASTEST:
+            return "The fastest plan there is was taken: no other one held the budget as measured."
         return f"The plan came from the {chosen.name} stage of the search. {self.trials_paid()}"
 
     def trials_paid(self) -> str:

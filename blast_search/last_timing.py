@@ -10,6 +10,7 @@ from blast_search.engine import Contender, Engine
 from blast_search.model_latency import Timing
 from blast_search.runfolder import digest
 
+FASTEST = "fastest"  # the plan that is left where no other one holds
 FINAL_ROUNDS = 4
 FINAL_SECONDS = 40.0
 BOLD = 0.95

@@ -328,7 +328,9 @@ def test_max_drop_alone_finds_a_plan_within_it(tmp_path: Path):
         assert run.plan.search["additivity"].get("plans", 5) >= 5
     else:
         verdict = run.plan.search["verdict"]
-        assert "bisection" in verdict or "No searched plan" in verdict
+        assert any(
+            s in verdict for s in ("bisection", "No searched plan", "fastest plan there is")
+        )
 
 
 @pytest.mark.parametrize("scope", ["macs", "params", "model"])
