@@ -23,6 +23,7 @@ import torch
 
 from blast_search.errors import BlastSearchError, UsageError
 from blast_search.latency import describe, fingerprint
+from blast_search.modes import float32_products, set_float32_products
 
 RESOURCE = "BLAST_SEARCH_RAY_RESOURCE"
 ANSWER_SECONDS = 60.0  # a node that is busy for longer is left out
@@ -101,9 +102,9 @@ def _probe(address: str) -> None:
         ) from None
 
 
-def _describe(device_type: str, dtype: str, threads: int, precision: str) -> dict[str, Any]:
+def _describe(device_type: str, dtype: str, threads: int, float32: str) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision(precision)
+    set_float32_products(float32)
     return describe(device_type, dtype)
 
 
@@ -160,8 +161,7 @@ def _ask(
         whole = {"num_gpus": 1, "num_cpus": 0} if kind == "GPU" else {"num_cpus": size}
         place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ask.options(**whole, scheduling_strategy=place)
-        settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
-        reference = task.remote(device_type, dtype, *settings)
+        reference = task.remote(device_type, dtype, torch.get_num_threads(), float32_products())
         asked[reference] = (node["NodeID"], size)
     if not asked:
         return {}, {}

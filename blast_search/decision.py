@@ -12,6 +12,7 @@ from blast_search import additivity
 from blast_search.closed_loop import CLOSE, Make, meet, meet_together
 from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
+from blast_search.judge import BROKEN
 from blast_search.last_timing import FASTEST, FINAL_SECONDS, Decision, final
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
@@ -130,6 +131,8 @@ def _ordered(
     if recovered is None or order[0] not in close:
         return order, False
     behind = {key: recovered(pool[key][0]) for key in close}
+    if min(behind.values()) >= BROKEN:
+        return order, False
     engine.report.say(
         "behind dense after a short retraining: "
         + ", ".join(f"{key} {value:.4g}" for key, value in behind.items())

@@ -189,7 +189,10 @@ class Describer:
                 "still."
             )
         if chosen.name == FASTEST:
-            return "The fastest plan there is was taken: no other one held the budget as measured."
+            return (
+                "The fastest plan there is was taken: neither the exact nor a searched plan held "
+                "the budget as measured."
+            )
         return f"The plan came from the {chosen.name} stage of the search. {self.trials_paid()}"
 
     def trials_paid(self) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 from blast_search import kernels
 from blast_search.files import sha256_json
 from blast_search.matrix import BlastLinear
-from blast_search.modes import device_timer, flusher, timed_call
+from blast_search.modes import device_timer, float32_products, flusher, timed_call
 from blast_search.noise import (
     NARROW,
     WIDE,
@@ -47,8 +47,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     else:
         name, capability = _cpu_name(), torch.backends.cpu.get_cpu_capability()
-    # TF32 on or off: CPUs have no such choice.
-    precision = {"float32": torch.get_float32_matmul_precision()} if device.type == "cuda" else {}
+    precision = {"float32": float32_products()} if device.type == "cuda" else {}
     return precision | {
         "device": name,
         "device_type": device.type,

@@ -128,8 +128,8 @@ class Models:
         try:
             return float(self.records.once(kind, digest(contender.choices), contender.name, train))
         except Exception as error:
-            # The task's own code.  No plan is on file yet; the retraining that lasts will raise
-            # this again, with the plan on file, and a resumed run comes back to here.
+            # The task's own code.  In a search no plan is on file yet: the retraining that lasts
+            # will raise this again, with one on file.  A resumed run comes back to here.
             what = " ".join(f"{type(error).__name__}: {error}".split())
             self.report.say(f"short retraining of {contender.name} failed ({what})")
             return BROKEN

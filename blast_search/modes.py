@@ -73,6 +73,27 @@ def timed_call(mode: str, module: nn.Module, call: Callable[[nn.Module], object]
     return replay
 
 
+def float32_products() -> str:
+    """How CUDA multiplies float32: "tf32" or "ieee".
+
+    PyTorch's older getters raise where this was set through the newer attribute.
+    """
+    products = torch.backends.cuda.matmul
+    precision = getattr(products, "fp32_precision", None)  # from PyTorch 2.9 on
+    allowed = products.allow_tf32 if precision is None else precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def set_float32_products(precision: str) -> None:
+    """As `float32_products` has it; what is so already is left alone."""
+    if precision == float32_products():
+        return
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
 def flusher(mode: str, device: torch.device, cycles: int = LAUNCH_CYCLES) -> Callable[[str], None]:
     """What to do, untimed, before each timed call of a cell: nothing, or empty the caches.
 

@@ -16,6 +16,7 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.fused import unfused
 
 LOGITS = "logits"
+SPANS = ("start_logits", "end_logits")  # (B, L): of question answering, a number for each token
 PARTS = 8  # of a GPU's free memory, references take one of so many at most
 
 
@@ -31,7 +32,7 @@ def output_tensors(output: Any) -> dict[str, Tensor]:
     Raises:
         IncompatibleInputError: there is no floating tensor.
     """
-    if isinstance(output, Tensor):
+    if isinstance(output, Tensor) and output.is_floating_point():
         return {"": output}
     direct = {
         name: value
@@ -46,8 +47,8 @@ def output_tensors(output: Any) -> dict[str, Tensor]:
     if deep:
         return {"": next((value for value in deep if value.dim()), deep[0])}
     raise IncompatibleInputError(
-        f"the model returned {type(output).__name__} without a tensor. Expected a tensor, a "
-        "tuple or an output with .logits: wrap the model so that it returns one."
+        f"the model returned {type(output).__name__} without a floating tensor. Expected a "
+        "tensor, a tuple or an output with .logits: wrap the model so that it returns one."
     )
 
 
@@ -113,22 +114,25 @@ def divergence(output: Any, reference: Any, batch: Batch) -> Tensor:
             f"{sizes[1]}. What is judged must not change its size with the values: wrap the model "
             "so that it returns what comes before (the scores of all boxes, for instance)."
         )
-    parts = [_divergence(found[name], wanted[name], name == LOGITS, batch) for name in wanted]
+    parts = [_divergence(found[name], wanted[name], name, batch) for name in wanted]
     return torch.stack(parts).sum()
 
 
-def _divergence(found: Tensor, wanted: Tensor, logits: bool, batch: Batch) -> Tensor:
-    found, wanted = found.float(), wanted.to(found.device).float()
+def _divergence(found: Tensor, wanted: Tensor, name: str, batch: Batch) -> Tensor:
+    found, wanted, logits = found.float(), wanted.to(found.device).float(), name == LOGITS
     if logits and wanted.dim() == 4:
         found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
-    mask = token_mask(batch, tuple(wanted.shape)) if wanted.dim() > 2 else None
+    by_token = wanted.dim() > 2 or name in SPANS
+    mask = token_mask(batch, tuple(wanted.shape)) if by_token else None
     if mask is not None:
         found, wanted = found[mask], wanted[mask]
     width = wanted.shape[-1] if wanted.dim() else 1
     if logits and width > 1:
         found, wanted = (t.reshape(-1, width).log_softmax(-1) for t in (found, wanted))
         return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
-    return (found - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
+    # Of a head that is zero in the dense model, there is no relative error.
+    energy, error = wanted.square().sum(), (found - wanted).square().sum()
+    return torch.where(energy > 0, error / energy.clamp_min(1e-12), 0.0 * error)
 
 
 @torch.no_grad()
@@ -145,11 +149,13 @@ def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[dict[str, 
     for index, batch in enumerate(batches):
         with unfused():
             tensors = output_tensors(call_model(model, to_device(batch, model)))
-        if not all(bool(value.isfinite().all()) for value in tensors.values()):
-            raise IncompatibleInputError(
-                f"the model's output on calibration batch {index} is not finite (NaN or "
-                "infinity). Check the calibration data and the weights."
-            )
+        for name, value in tensors.items():
+            if not bool(value.isfinite().all()):
+                raise IncompatibleInputError(
+                    f"the model's output{name and f' {name}'} on calibration batch {index} is not "
+                    "finite (NaN or infinity). Check the calibration data and the weights; if it "
+                    "is meant to be so, wrap the model so that it returns what is finite."
+                )
         room -= sum(value.nbytes for value in tensors.values())
         kept = tensors if room > 0 else {name: value.cpu() for name, value in tensors.items()}
         outputs.append(kept)

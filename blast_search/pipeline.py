@@ -29,7 +29,7 @@ from blast_search.outputs import reference_outputs
 from blast_search.panel import Panel
 from blast_search.plan import FrontPoint, Plan, pareto
 from blast_search.plan_check import correction, cross_validated, measure_plans
-from blast_search.prepared import Prepared, check_calibration, prepare
+from blast_search.prepared import Prepared, prepare, read_calibration
 from blast_search.profiling import Profiler
 from blast_search.progress import SILENT, Reporter
 from blast_search.report import write_report
@@ -151,7 +151,7 @@ def opened(
         if settings.storage:
             check_database(settings.storage)
         prepared = prepare(loaded, settings, chosen)
-        check_calibration(prepared)
+        read_calibration(prepared, settings.seed)
         kept = replace(settings, storage=without_password(settings.storage))
         start_folder(folder, asdict(kept), space_values(chosen))
     with locked(folder):
@@ -161,6 +161,7 @@ def opened(
             if settings.storage:
                 check_database(settings.storage)
             prepared = prepare(loaded, settings, kept_space(folder, settings.space))
+            read_calibration(prepared, settings.seed)
         yield Pipeline(folder, settings, prepared, workers, ray_address, report, began)
 
 
@@ -171,7 +172,7 @@ def _continued(
 
     But for the storage: it may have moved, and its password is not on file.
     """
-    default = type(asked)()
+    default = type(asked)(task=stored.task)  # a task is asked for, also the default one
     changed = [
         f.name
         for f in fields(asked)
@@ -300,9 +301,9 @@ class Pipeline:
         """Calibrate, probe and score: everything that the solver needs."""
         p = self.prepared
         deadline = self.search_deadline.share(SCORE_SHARE)
-        # A resumed run skips measurements that draw random numbers, and must see the same data.
+        # A resumed run skips measurements that draw random numbers, and must draw the same.
         torch.manual_seed(self.settings.seed)
-        batches = list(p.task.calibration())
+        batches = p.batches
         with self.report.stage("calibrate", 2) as advance:
             references = reference_outputs(p.model, batches)
             advance()

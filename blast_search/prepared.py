@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from blast_search.batches import call_model, evaluating, move_model, to_device
+from blast_search.batches import Batch, call_model, evaluating, move_model, to_device
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task, workloads_of
 from blast_search.fused import unfused
 from blast_search.latency import cells_for, describe, fingerprint
 from blast_search.layers import Workload, inventory
 from blast_search.modes import check_mode
-from blast_search.outputs import output_tensors
+from blast_search.outputs import divergence, output_tensors
 from blast_search.settings import DTYPES, Settings, pick_device
 from blast_search.space import LayerSpec, SearchSpace
 from blast_search.tables import Cell
@@ -37,6 +37,7 @@ class Prepared:
     mode: str
     environment: dict[str, Any]
     note: str = ""  # for the user, of the model's own dtype
+    batches: list[Batch] = field(default_factory=list)  # calibration data; see read_calibration
 
     @property
     def fingerprint(self) -> str:
@@ -80,26 +81,35 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
     )
 
 
-def check_calibration(prepared: Prepared) -> None:
-    """Call the model with the first calibration batch: its form is wrong now, or never.
+def read_calibration(prepared: Prepared, seed: int) -> None:
+    """Read the calibration data, once: a task may draw them, or have them but once.
+
+    The model is called with the first batch: a form that is wrong is seen before minutes are spent
+    on measuring.
 
     Raises:
-        IncompatibleInputError: the model cannot be called with it, or returns nothing to judge.
+        IncompatibleInputError: no batches, or the model cannot be called with the first one, or
+            returns nothing to judge.
     """
     task, model = prepared.task, prepared.model
-    for batch in task.calibration():
-        try:
-            with torch.no_grad(), evaluating(model), unfused():
-                output = call_model(model, to_device(batch, model))
-        except Exception as error:
-            raise IncompatibleInputError(
-                f"the model cannot be called with the first batch of task {task.name}'s "
-                f"calibration(): {type(error).__name__}: {error}. Expected batches without "
-                "labels: a tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)); of a "
-                "loader of (x, y), yield x."
-            ) from error
-        output_tensors(output)
-        break
+    torch.manual_seed(seed)  # a resumed run must see the same data
+    prepared.batches = list(task.calibration())
+    if not prepared.batches:
+        raise IncompatibleInputError(
+            f"calibration() of task {task.name} gave no batch, expected some."
+        )
+    batch = prepared.batches[0]
+    try:
+        with torch.no_grad(), evaluating(model), unfused():
+            output = call_model(model, to_device(batch, model))
+    except Exception as error:
+        raise IncompatibleInputError(
+            f"the model cannot be called with the first batch of task {task.name}'s "
+            f"calibration(): {type(error).__name__}: {error}. Expected batches without labels: a "
+            "tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)); of a loader of "
+            "(x, y), yield x."
+        ) from error
+    divergence(output, output_tensors(output), batch)
 
 
 def _dtype_note(model: nn.Module, name: str) -> str:

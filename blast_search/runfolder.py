@@ -108,7 +108,10 @@ def stored_settings(folder: Path, kind: type[Kind]) -> Kind:
         )
     values = read_yaml_mapping(file)
     if odd := set(values) ^ {f.name for f in fields(kind)}:
-        raise IncompatibleInputError(f"{file}: missing or unknown keys {sorted(odd)}.")
+        step = "Restore it, or start a new run."
+        if odd == {"seeds"}:
+            step = f"It is of the verb {'compare' if 'seeds' in values else 'search'}: use that."
+        raise IncompatibleInputError(f"{file}: missing or unknown keys {sorted(odd)}. {step}")
     stored = kind(**values)
     try:
         stored.check()

@@ -26,6 +26,7 @@ from ray.tune.experiment import Trial
 from blast_search.cluster import RESOURCE, Places
 from blast_search.errors import BlastSearchError
 from blast_search.latency import describe, fingerprint, synchronizer
+from blast_search.modes import float32_products, set_float32_products
 from blast_search.tables import Cell, Measurement
 from blast_search.workers import Measure, OnResult, attempt
 
@@ -40,7 +41,7 @@ class CellTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
-        torch.set_float32_matmul_precision(config["precision"])
+        set_float32_products(config["float32"])
         self.here = describe(config["device_type"], config["cell"].dtype)
         self.job = config
 
@@ -138,7 +139,7 @@ def run(
                 "cell": tune.grid_search(list(cells)),
                 "device_type": device_type,
                 "threads": torch.get_num_threads(),
-                "precision": torch.get_float32_matmul_precision(),
+                "float32": float32_products(),
                 "measure": measure,
             },
             tune_config=TuneConfig(reuse_actors=True),

@@ -62,7 +62,9 @@ def test_divergence():
     c = b.clone()
     c[0, 2], c[1] = 99, 99
     assert divergence(c, b, mask) == 0  # padding does not count
-    with pytest.raises(IncompatibleInputError, match="without a tensor"):
+    spans = {"start_logits": b[..., 0]}, {"start_logits": c[..., 0]}
+    assert divergence(*spans, mask) == 0 < divergence(*spans, None)
+    with pytest.raises(IncompatibleInputError, match="without a floating tensor"):
         output_tensors("text")
 
 
@@ -141,11 +143,12 @@ def test_the_tensors_that_an_output_is_about():
         (Heads(wanted, other), {"logits": wanted, "boxes": other}),
         ({"logits": wanted, "last_hidden_state": other}, {"logits": wanted}),
         ({"pooled": wanted, "last_hidden_state": other},) * 2,
+        ({"ids": ids, "phases": ids.cfloat(), "pred": wanted}, {"pred": wanted}),
     ):
         assert output_tensors(output) == tensors
         assert output_tensors(tensors) == tensors  # what a reference keeps reads the same
-    for output in ({"ids": ids}, Detection, [], None):
-        with pytest.raises(IncompatibleInputError, match="without a tensor"):
+    for output in ({"ids": ids}, Detection, [], None, ids, ids.cfloat()):
+        with pytest.raises(IncompatibleInputError, match="without a floating tensor"):
             output_tensors(output)
     outputs = pytest.importorskip("transformers.modeling_outputs")
     masked = outputs.MaskedLMOutput(loss=loss, logits=wanted, hidden_states=(other,))
@@ -158,6 +161,11 @@ def test_all_heads_of_a_model_are_judged():
     a, b, c, d = (torch.randn(4, 5) for _ in range(4))
     kl, error = divergence(Output(a), Output(b), None), divergence(c, d, None)
     assert divergence(Heads(a, c), Heads(b, d), None) == pytest.approx(float(kl + error))
+
+
+def test_a_head_that_is_zero_in_the_dense_model_decides_nothing():
+    a, b, zero = torch.randn(4, 5), torch.randn(4, 5), torch.zeros(4, 5)
+    assert divergence((a, zero + 1e-4), (b, zero), None) == divergence((a,), (b,), None) > 0
 
 
 def test_outputs_of_other_sizes_are_refused():

@@ -16,6 +16,7 @@ from blast_search.deadline import FOREVER, Deadline
 from blast_search.decision import _searched, best_blocks, decide
 from blast_search.engine import AIM, Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
+from blast_search.judge import BROKEN
 from blast_search.last_timing import final
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
@@ -225,6 +226,8 @@ def test_what_retraining_said_is_not_overruled_by_the_loss_before_it(monkeypatch
     monkeypatch.setattr(decision, "rivals", lambda *_: ["exact", "uniform low rank"])
     found = decided(world, monkeypatch, recovered=lambda c: float(c.name != "exact"))
     assert found.winner.name == "exact"
+    found = decided(world, monkeypatch, recovered=lambda c: BROKEN)  # it failed: nothing was said
+    assert found.winner.name == "uniform low rank"
 
 
 class Together(Kinds):

@@ -151,8 +151,9 @@ def test_a_run_that_was_started_with_an_object_is_continued_with_its_name(
     (copy / "plan.json").unlink()
     again = bs.search(ToyTask(), out=copy, resume=True, workers="local")  # the rest is on file
     assert again.plan.choices == run.plan.choices
-    assert call("--resume", str(copy), "--task", "examples.own_task:task", "-q") == 2
-    assert "task cannot change" in capsys.readouterr().err
+    for other in ("examples.own_task:task", "vit"):
+        assert call("--resume", str(copy), "--task", other, "-q") == 2
+        assert "task cannot change" in capsys.readouterr().err
     assert call("--resume", str(copy), "-q") == 2
     assert "was started with a Python object" in capsys.readouterr().err
     assert bs.Plan.load(copy).choices == run.plan.choices
@@ -262,6 +263,28 @@ def test_labelled_calibration_batches_are_refused_before_anything_is_measured(tm
     with pytest.raises(IncompatibleInputError, match=r"TypeError: .* of a loader of \(x, y\)"):
         bs.search(Labelled(), budget=0.5, out=tmp_path / "run", **OPTIONS)
     assert not (tmp_path / "run").exists()
+
+
+def test_calibration_data_are_read_once_and_before_anything_is_measured(tmp_path: Path):
+    class Once(ToyTask):
+        def __init__(self, batches: int) -> None:
+            super().__init__()
+            self.left = iter(super().calibration()[:batches])
+
+        def calibration(self):
+            return self.left
+
+    def opened(task: ToyTask, name: str):
+        settings = Settings(task="toy", budget=0.5)
+        return pipeline.opened(
+            settings, task, SPACE, tmp_path / name, False, "local", None, SILENT
+        )
+
+    with opened(Once(2), "two") as found:
+        assert len(found.prepared.batches) == 2
+    with pytest.raises(IncompatibleInputError, match="gave no batch"), opened(Once(0), "none"):
+        pass
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_object_that_is_no_task_is_refused_at_once(tmp_path: Path):
@@ -408,12 +431,13 @@ def test_kill_nine_at_three_stages_repeats_no_measurement(tmp_path: Path, projec
     command = [sys.executable, "-m", "blast_search.cli", "search", "-q", "--workers", "local"]
     start = ["--task", "toy:shallow", "--budget", "0.8", "--space", "quick", "--trials", "4",
              "--retrain-steps", "3", "--out", str(out)]  # fmt: skip
-    stages = [("latency.csv", 5), ("probes.csv", 3), ("measured.csv", 5)]
+    stages = [("latency.csv", 5), ("probes.csv", 1), ("measured.csv", 3)]
     for index, (name, count) in enumerate(stages):
         arguments = start if index == 0 else ["--resume", str(out)]
         process = subprocess.Popen([*command, *arguments], env=env, cwd=tmp_path)
         deadline = time.monotonic() + 120
-        while len(lines(out / name)) <= count:
+        known = len(lines(out / name)) if name == "measured.csv" else 0  # what resuming adds
+        while len(lines(out / name)) <= known + count:
             assert process.poll() is None, f"ended before {name} had {count} rows"
             assert time.monotonic() < deadline
             time.sleep(0.01)

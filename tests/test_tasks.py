@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from blast_search.errors import IncompatibleInputError, MissingDependencyError, UsageError
@@ -25,6 +26,7 @@ from blast_search.tasks._text import (
     token_rows,
     wikipedia,
 )
+from blast_search.tasks.hf import HFTask
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
@@ -396,6 +398,9 @@ def save_tiny(folder: Path, kind: str) -> str:
     model: nn.Module
     if kind == "causal":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    elif kind == "decoder classifier":
+        config = transformers.LlamaConfig(**sizes, num_labels=3)
+        model = transformers.LlamaForSequenceClassification(config)
     elif kind == "classifier":
         config = transformers.BertConfig(**sizes, num_labels=3)
         model = transformers.BertForSequenceClassification(config)
@@ -433,6 +438,27 @@ def test_hugging_face_folder_is_a_task(tmp_path: Path, kind: str) -> None:
     with torch.no_grad():
         next(model.parameters()).mul_(-1)
     assert float(task.loss(model, batch, teacher).detach()) > 1e-4
+
+
+@needs_transformers
+def test_a_classifier_that_looks_for_the_last_token_gets_its_rows(tmp_path: Path) -> None:
+    """Decoders do, and without a padding token they refuse more than one row."""
+    task = HFTask(save_tiny(tmp_path / "model", "decoder classifier"))
+    assert task.metric == ("divergence", False)
+    batch = task.calibration()[0]
+    assert batch["input_ids"].shape == (2, 64)
+    assert task.model()(**batch).logits.shape == (2, 3)
+
+
+@needs_transformers
+def test_an_encoder_whose_pooler_was_not_saved_has_none(tmp_path: Path) -> None:
+    folder = Path(save_tiny(tmp_path / "model", "encoder"))
+    task = HFTask(folder)
+    assert task.model().pooler is not None
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "pooler" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    assert task.model().pooler is None
 
 
 @needs_transformers

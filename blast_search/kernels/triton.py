@@ -29,6 +29,7 @@ from torch import Tensor
 from blast_search.kernels import TRITON_BLOCKS
 from blast_search.kernels import triton_kernels as k
 from blast_search.kernels import triton_tune as tune
+from blast_search.modes import float32_products
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DECODE_TOKENS = 64
@@ -47,7 +48,7 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, *, bias: Tensor | None =
     Args:
         x: (T, n), any strides. u: (b, p, r). s: (b, b, r). v: (b, q, r). bias: (m,).
             One dtype of DTYPES for all. float32 products are IEEE unless
-            torch.backends.cuda.matmul.allow_tf32 is set.
+            PyTorch is told to use TF32 (modes.float32_products).
 
     Returns:
         (T, m), contiguous, the dtype of x.
@@ -182,7 +183,7 @@ def _case(x: Tensor, u: Tensor, v: Tensor, bias: bool) -> Case:
 
     With exact ranks each of a profile's cells would tune for itself.
     """
-    precision = k.tf32() if x.dtype == torch.float32 else None
+    precision = float32_products() if x.dtype == torch.float32 else None
     tokens, (b, p, r) = triton.next_power_of_2(len(x)), u.shape
     power = triton.next_power_of_2(r)
     rank = power * 3 // 4 if 4 * r <= 3 * power else power

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from blast_search.modes import float32_products
+
 Config = dict[str, int]
 STEP = 16  # numbers: the rows of z and w by rank begin at multiples of so many
 LINE = 128  # bytes that a prefetch brings into the L2 cache
@@ -227,17 +229,9 @@ def _dependent_launch(device: torch.device, tokens: int) -> bool:
     return known and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def tf32() -> bool:
-    """Whether float32 products may use TF32, as PyTorch's own then do."""
-    try:
-        return bool(torch.backends.cuda.matmul.allow_tf32)
-    except RuntimeError:  # set through the newer fp32_precision
-        return torch.get_float32_matmul_precision() != "highest"
-
-
 def _numbers(x: Tensor) -> dict[str, Any]:
     return {
-        "PRECISION": "tf32" if x.dtype == torch.float32 and tf32() else "ieee",
+        "PRECISION": float32_products() if x.dtype == torch.float32 else "ieee",
         "UPCAST": x.dtype == torch.bfloat16 and not x.is_cuda,
     }
 

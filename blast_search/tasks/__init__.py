@@ -83,7 +83,7 @@ def refuse_path(what: str, spec: str) -> None:
     where = f", and call it from the folder {path.parent}" if elsewhere else ""
     raise UsageError(
         f"{what} {spec!r} is the path of a file, expected a module's name. "
-        f"Give {name}:{function}{where}."
+        f"Give {name}:{function or 'FUNCTION'}{where}."
     )
 
 

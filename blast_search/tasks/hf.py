@@ -38,7 +38,11 @@ INSTALL = "pip install transformers"
 # Loaders of transformers.  Of these heads it is known that one text is all their input.
 BARE, CAUSAL = "AutoModel", "AutoModelForCausalLM"
 HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+TEXTS = BARE + HEADS[0]
 FEATURES = "features"
+# Rows x tokens.  A classifier of texts has one output for each row: more rows, shorter ones.
+SHAPES = {"evaluation": (16, 512), "calibration": (8, 256), "training": (4, 128)}
+TEXT_SHAPES = {"evaluation": (256, 64), "calibration": (64, 64), "training": (32, 64)}
 CHARACTERS = 2_000_000  # of a dataset that are read, or
 PER_TOKEN = 16  # for each token of the shapes where that is more: rows leave ends over
 
@@ -75,6 +79,7 @@ class HFTask:
             each token that the shapes below ask for, where that is more).
         name: of the task in reports.
         evaluation, calibration: rows x tokens in all; training, and the workload: per batch.
+            Without a value: SHAPES, or for a classifier of texts TEXT_SHAPES.
 
     Raises:
         MissingDependencyError: transformers, or datasets for a dataset, is not installed.
@@ -95,9 +100,9 @@ class HFTask:
         dataset: str | Path | None = None,
         *,
         name: str | None = None,
-        evaluation: tuple[int, int] = (16, 512),
-        calibration: tuple[int, int] = (8, 256),
-        training: tuple[int, int] = (4, 128),
+        evaluation: tuple[int, int] | None = None,
+        calibration: tuple[int, int] | None = None,
+        training: tuple[int, int] | None = None,
         workload: tuple[int, int] = (1, 128),
     ) -> None:
         if text_file is not None and dataset is not None:
@@ -108,15 +113,18 @@ class HFTask:
         require("hf", INSTALL, "transformers")
         self.source = str(model_name_or_path)
         self.name = name or f"hf-{Path(self.source).name}"
-        self.evaluation_shape, self.calibration_shape = Shape(*evaluation), Shape(*calibration)
-        self.training_shape, self.workload_shape = Shape(*training), Shape(*workload)
+        self._loader = self._find_loader()
+        self.causal = self._loader == CAUSAL
+        shapes = TEXT_SHAPES if self._loader == TEXTS else SHAPES
+        self.evaluation_shape = Shape(*(evaluation or shapes["evaluation"]))
+        self.calibration_shape = Shape(*(calibration or shapes["calibration"]))
+        self.training_shape = Shape(*(training or shapes["training"]))
+        self.workload_shape = Shape(*workload)
         if dataset is not None:
             documents = read_dataset(str(dataset), self._characters())
         else:
             documents = wikipedia() if text_file is None else read_documents(Path(text_file))
         self.splits: Splits = split_documents(documents)
-        self._loader = self._find_loader()
-        self.causal = self._loader == CAUSAL
         self.metric = (
             {CAUSAL: "perplexity", BARE: "feature_distance"}.get(self._loader, "divergence"),
             False,
@@ -184,9 +192,14 @@ class HFTask:
         """A new model: fp32, CPU, eval mode, no key/value cache."""
         config = copy.deepcopy(self._config)
         config.use_cache = False
-        model: nn.Module = self._load(
-            self._loader, config=config, dtype=torch.float32, use_safetensors=True
-        )
+        options = {"config": config, "dtype": torch.float32, "use_safetensors": True}
+        model: nn.Module
+        model, found = self._load(self._loader, output_loading_info=True, **options)
+        if any("pooler" in key for key in found["missing_keys"]):  # a random one says nothing
+            model = self._load(self._loader, add_pooling_layer=False, **options)
+        if self._loader == TEXTS and getattr(config, "pad_token_id", None) is None:
+            # A decoder's classifier looks for the last token that is no padding; rows are full.
+            model.config.pad_token_id = -1  # type: ignore[union-attr]
         return model.eval()
 
     def workload(self) -> Batch:
