@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,16 @@ def _judged(
         "loss_evaluations_of_the_search": spent,
         "trials": finish.describer.trials_paid(),
         "optuna": finish.engine.tuning,
+        "date": pipeline.records.once("date", "date", "the table's", _today),
         "environment": p.environment,
         "seconds": dict(pipeline.seconds),
         "peak_memory_mb": round(peak_memory_mb(p.device), 1),
     }
     return Comparison(pipeline.folder, p.task.metric[0], p.task.metric[1], facts, rows)
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
 
 
 def _retrained(finish: Finish, name: str, c: Contender, steps: int, seed: int) -> float:

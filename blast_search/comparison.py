@@ -103,8 +103,8 @@ class Comparison:
         if best is search or best.choices == search.choices:
             return []
         return [
-            f"`blast-search search` would keep the {best.name} plan here: of its own plan and the "
-            "two uniform ones it takes the one that is best in the end."
+            f"The verb search would keep the {best.name} plan here: of its own plan and the two "
+            "uniform ones it takes the one that is best in the end."
         ]
 
     def _verdict(self, search: Row, other: Row) -> str:
@@ -213,7 +213,8 @@ class Comparison:
         )
         circumstances = (
             f"Measured on {env['device']} ({env['capability']}, {env['threads']} threads, "
-            f"{env['dtype']}), torch {env['torch']}, Python {env['python']}. The search evaluated "
+            f"{env['dtype']}), torch {env['torch']}, Python {env['python']}, "
+            f"{self.facts['date']}. The search evaluated "
             f"{self.facts['loss_evaluations_of_the_search']} whole models on calibration data, "
             f"seed {self.facts['search_seed']}. 95% intervals of the layer latency ratios: "
             f"{intervals}."
