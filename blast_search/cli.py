@@ -42,6 +42,7 @@ from blast_search.options import (
     reporter,
     stdout_on_stderr,
 )
+from blast_search.stopping import Stopped, stop_on_signals
 
 PROGRAM = "blast-search"
 app = typer.Typer(
@@ -183,18 +184,6 @@ def doctor(as_json: JsonOption = False, verbose: VerboseOption = False) -> dict[
     return result if as_json else None
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM.  Not KeyboardInterrupt: the libraries between would swallow that."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.exit_code = 128 + signum
-
-
-def _stop(signum: int, frame: Any) -> None:
-    raise Stopped(signum)
-
-
 def run_guarded(command: Callable[[], Any], verbose: bool = False, as_json: bool = False) -> int:
     """Run a command and turn every error into a message of one line and an exit code.
 
@@ -313,8 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         typer.echo(__version__)
         return
-    signal.signal(signal.SIGINT, _stop)
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_signals()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.formatwarning = _format_warning
     verbose = any(re.fullmatch("--verbose|-q*v[qv]*", text) for text in arguments)

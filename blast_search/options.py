@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from blast_search import stopping
 from blast_search.progress import Reporter
 
 TaskOption = Annotated[
@@ -72,7 +73,7 @@ def given(context: typer.Context) -> dict[str, Any]:
 
 
 def reporter(quiet: bool, verbose: bool = False) -> Reporter:
-    return Reporter(0 if quiet else 2 if verbose else 1)
+    return Reporter(0 if quiet else 2 if verbose else 1, stopping.check)
 
 
 def emit(value: Mapping[str, Any]) -> None:

@@ -15,10 +15,15 @@ Advance = Callable[[], None]
 
 
 class Reporter:
-    """Tells what the run is doing.  `level`: 0 silent, 1 normal, 2 verbose."""
+    """Tells what the run is doing.
 
-    def __init__(self, level: int = 1) -> None:
-        self.level = level
+    Args:
+        level: 0 silent, 1 normal, 2 verbose.
+        check: called after every step of a stage; what it raises ends the run.
+    """
+
+    def __init__(self, level: int = 1, check: Callable[[], None] = lambda: None) -> None:
+        self.level, self.check = level, check
         self.console = Console(stderr=True, highlight=False, quiet=level == 0)
         self.run: Path | None = None  # the run folder, once it is open
 
@@ -45,10 +50,17 @@ class Reporter:
             )  # fmt: skip
             with Progress(*columns, console=self.console, transient=True) as bar:
                 task = bar.add_task(name, total=total)
-                yield lambda: bar.advance(task)
+                yield self._checked(lambda: bar.advance(task))
         else:
-            yield self._lines(name, total, started)
+            yield self._checked(self._lines(name, total, started))
         self.say(f"{name:<34} done in {time.monotonic() - started:.1f} s")
+
+    def _checked(self, advance: Advance) -> Advance:
+        def step() -> None:
+            advance()
+            self.check()
+
+        return step
 
     def _lines(self, name: str, total: int, started: float) -> Advance:
         """One line at every tenth of the stage, at most one in five seconds."""

@@ -85,6 +85,35 @@ def test_other_verbs_do_not_speak_of_a_run(monkeypatch, capsys):
     assert shown.err.strip() == "Stopped."
 
 
+SWALLOWS = """
+import os, signal, time, toy
+
+class T(toy.Shallow):
+    def evaluate(self, model):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(9)
+        except BaseException:  # as other code may do, around an import for instance
+            return super().evaluate(model)
+
+def task():
+    return T()
+"""
+
+
+def test_a_signal_that_was_swallowed_ends_the_run_at_the_next_step(project: Path):
+    Path("swallows.py").write_text(SWALLOWS)
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *SEARCH, "--task", "swallows:task", "--out", "r"],
+        env=environment(project) | {"PYTHONPATH": f"{project}:{project / 'tests'}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 130, done.stderr
+    assert "Stopped." in done.stderr
+    assert "continue with" in done.stderr
+    assert len(Path("r/latency.csv").read_text().splitlines()) == 2  # a cell
+
+
 def test_a_signal_while_pytorch_is_imported_is_no_traceback(project: Path):
     slow = "import os, time; os.write(1, b'x'); time.sleep(60)"
     Path("torch.py").write_text(slow)  # found before the real one

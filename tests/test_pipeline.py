@@ -374,7 +374,7 @@ def test_a_budget_on_each_workload(tmp_path: Path):
     assert set(ratios) == {"large", "small"}
     assert max(ratios.values()) <= 0.85
     weighted = run.plan.measured["latency_ratio_layers"]
-    assert min(ratios.values()) - 0.05 < weighted < max(ratios.values()) + 0.05
+    assert min(ratios.values()) - 0.1 < weighted < max(ratios.values()) + 0.1
     assert run.plan.budget["every_workload"] == ["large", "small"]
     again = plan_at(out, 0.9)
     assert again.budget["every_workload"] == ["large", "small"]
