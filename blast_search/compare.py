@@ -118,6 +118,7 @@ def _judged(
     settings, p = pipeline.settings, pipeline.prepared
     assert isinstance(settings, CompareSettings)
     assert settings.budget is not None
+    date = pipeline.records.once("date", "date", "of the timings", _today)
     steps = finish.models.steps(decision.winner, len(contenders) * settings.seeds)
     seeds = range(settings.seed, settings.seed + settings.seeds) if steps else range(0)
     rows = [Row("dense", "the model as it was", True, pipeline.dense_metric)]
@@ -141,7 +142,7 @@ def _judged(
         "loss_evaluations_of_the_search": spent,
         "trials": finish.describer.trials_paid(),
         "optuna": finish.engine.tuning,
-        "date": pipeline.records.once("date", "date", "the table's", _today),
+        "date": date,
         "environment": p.environment,
         "seconds": dict(pipeline.seconds),
         "peak_memory_mb": round(peak_memory_mb(p.device), 1),
