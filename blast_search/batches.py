@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from blast_search.errors import IncompatibleInputError, in_one_line
+from blast_search.fused import unfused
+
+FORMS = "a tensor (model(x)), a tuple (model(*x)) or a dict (model(**x))"
 Batch = Any  # Tensor | tuple[Any, ...] | dict[str, Any]
 
 
@@ -125,6 +129,21 @@ def anywhere(*models: nn.Module) -> Iterator[None]:
             for hook in hooks:
                 stack.callback(hook.remove)
         yield
+
+
+def tried(model: nn.Module, batch: Batch, what: str, expected: str) -> Any:
+    """The model's output for a batch that a task made: the first call shows whether it can be.
+
+    Raises:
+        IncompatibleInputError: it cannot; `what` the batch is, and what is `expected`.
+    """
+    try:
+        with torch.no_grad(), evaluating(model), unfused():
+            return call_model(model, to_device(batch, model))
+    except Exception as error:
+        raise IncompatibleInputError(
+            f"the model cannot be called with {what}: {in_one_line(error)}. Expected {expected}"
+        ) from error
 
 
 def spread(count: int) -> list[int]:

@@ -102,7 +102,8 @@ def _probe(address: str) -> None:
         ) from None
 
 
-def _describe(device_type: str, dtype: str, threads: int, float32: str) -> dict[str, Any]:
+def describe_as(device_type: str, dtype: str, threads: int, float32: str) -> dict[str, Any]:
+    """A process's environment once it computes as the driver does."""
     torch.set_num_threads(threads)
     set_float32_products(float32)
     return describe(device_type, dtype)
@@ -150,7 +151,7 @@ def _ask(
 
     kind, wanted = ("GPU" if device_type == "cuda" else "CPU"), os.environ.get(RESOURCE)
     asked: dict[Any, tuple[str, float]] = {}
-    ask = ray.remote(max_retries=0)(_describe)
+    ask = ray.remote(max_retries=0)(describe_as)
     for node in ray.nodes():
         has = node["Resources"]
         if not (node["Alive"] and has.get(kind, 0) >= 1):

@@ -30,6 +30,11 @@ class RunLockedError(BlastSearchError):
     """Another process is using the run folder (exit code 5)."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """An error's kind and message; those of compilers and of a task's own code have many lines."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class SingularGramWarning(UserWarning):
     """A layer's Gram is singular in float32: too few calibration tokens, or dead inputs."""
 

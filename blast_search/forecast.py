@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from blast_search.cellcache import open_cache
-from blast_search.files import is_run
 from blast_search.latency import CELL_SECONDS, missing_cells
 from blast_search.prepared import prepare
 from blast_search.progress import Reporter, console
@@ -29,7 +28,7 @@ def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[
     task = load_task(settings.task)
     out = Path(values["out"]) if values.get("out") else None
     # A run to be resumed searches the space that it was started with.
-    space = kept_space(out, settings.space) if out and is_run(out) else load_space(settings.space)
+    space = kept_space(out, settings.space) if out else load_space(settings.space)
     prepared = prepare(task, settings, space, meta=settings.task.startswith(SHAPES))
     if prepared.note:
         report.say(prepared.note)

@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from blast_search.batches import Batch, call_model, evaluating, to_device
+from blast_search.batches import FORMS, Batch, tried
 from blast_search.errors import IncompatibleInputError
-from blast_search.fused import unfused
 from blast_search.outputs import output_tensors
 from blast_search.space import Call, LayerSpec, SearchSpace
 
@@ -220,15 +218,9 @@ def _trace(
     try:
         for workload in workloads:
             weight, name = workload.weight, workload.name
-            try:
-                with torch.no_grad(), evaluating(model), unfused():
-                    output = call_model(model, to_device(workload.batch, model))
-            except Exception as error:
-                raise IncompatibleInputError(
-                    f"the model cannot be called with workload '{workload.name}': "
-                    f"{type(error).__name__}: {error}. Expected a tensor (model(x)), a tuple "
-                    "(model(*x)) or a dict (model(**x)): check the task's workload()."
-                ) from error
+            what = f"workload '{workload.name}'"
+            expected = f"{FORMS}: check the task's workload()."
+            output = tried(model, workload.batch, what, expected)
             # `_cdata` tells storages apart also where they have no data (the "meta" device).
             results = {t.untyped_storage()._cdata for t in output_tensors(output).values()}
             heads |= {m for m, storage in outputs.items() if storage.cdata in results}

@@ -58,8 +58,9 @@ def low_rank_basis(
     """
     if gram is None:
         return whitened_svd(weight, None, max_rank)
-    g = regularised(gram.to(weight.device, torch.float64))
-    warn_if_singular(gram.to(weight.device), name)
+    gram = gram.to(weight.device, torch.float64)
+    g = regularised(gram)
+    warn_if_singular(gram, name)
     return whitened_svd(weight, g, max_rank)
 
 

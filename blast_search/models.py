@@ -13,7 +13,7 @@ from torch import nn
 
 from blast_search.apply import attach, copied, final_modules, load, save
 from blast_search.engine import Contender, Engine
-from blast_search.errors import IncompatibleInputError
+from blast_search.errors import IncompatibleInputError, in_one_line
 from blast_search.evaluate import evaluate, worse_by
 from blast_search.judge import BROKEN
 from blast_search.plan import Plan
@@ -130,8 +130,7 @@ class Models:
         except Exception as error:
             # The task's own code.  In a search no plan is on file yet: the retraining that lasts
             # will raise this again, with one on file.  A resumed run comes back to here.
-            what = " ".join(f"{type(error).__name__}: {error}".split())
-            self.report.say(f"short retraining of {contender.name} failed ({what})")
+            self.report.say(f"short retraining of {contender.name} failed ({in_one_line(error)})")
             return BROKEN
 
     def retrained(

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from blast_search.batches import Batch, call_model, evaluating, move_model, to_device
+from blast_search.batches import FORMS, Batch, move_model, tried
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task, workloads_of
-from blast_search.fused import unfused
 from blast_search.latency import cells_for, describe, fingerprint
 from blast_search.layers import Workload, inventory
 from blast_search.modes import check_mode
-from blast_search.outputs import divergence, output_tensors
+from blast_search.outputs import output_tensors
 from blast_search.settings import DTYPES, Settings, pick_device
 from blast_search.space import LayerSpec, SearchSpace
 from blast_search.tables import Cell
@@ -91,25 +90,16 @@ def read_calibration(prepared: Prepared, seed: int) -> None:
         IncompatibleInputError: no batches, or the model cannot be called with the first one, or
             returns nothing to judge.
     """
-    task, model = prepared.task, prepared.model
+    task = prepared.task
     torch.manual_seed(seed)  # a resumed run must see the same data
     prepared.batches = list(task.calibration())
     if not prepared.batches:
         raise IncompatibleInputError(
             f"calibration() of task {task.name} gave no batch, expected some."
         )
-    batch = prepared.batches[0]
-    try:
-        with torch.no_grad(), evaluating(model), unfused():
-            output = call_model(model, to_device(batch, model))
-    except Exception as error:
-        raise IncompatibleInputError(
-            f"the model cannot be called with the first batch of task {task.name}'s "
-            f"calibration(): {type(error).__name__}: {error}. Expected batches without labels: a "
-            "tensor (model(x)), a tuple (model(*x)) or a dict (model(**x)); of a loader of "
-            "(x, y), yield x."
-        ) from error
-    divergence(output, output_tensors(output), batch)
+    what = f"the first batch of task {task.name}'s calibration()"
+    expected = f"batches without labels: {FORMS}; of a loader of (x, y), yield x."
+    output_tensors(tried(prepared.model, prepared.batches[0], what, expected))
 
 
 def _dtype_note(model: nn.Module, name: str) -> str:

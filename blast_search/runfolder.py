@@ -17,6 +17,7 @@ import yaml
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.files import (
     append_row,
+    is_run,
     make_folder,
     parse_json,
     read_rows,
@@ -29,7 +30,6 @@ from blast_search.settings import Settings
 
 Kind = TypeVar("Kind", bound=Settings)
 
-CONFIG = "config.yaml"
 FIELDS = ("kind", "digest", "plan", "value")
 STAGES = ("stage", "seconds")
 
@@ -84,7 +84,7 @@ class RunFolder:
 
 def start_folder(out: Path, config: dict[str, Any], space: dict[str, Any]) -> None:
     """Write config.yaml and space.yaml for a new run; UsageError over an existing one."""
-    file = out / CONFIG
+    file = out / "config.yaml"
     if file.exists():
         raise UsageError(
             f"{out} already holds a run. Continue it with --resume {out}, or choose another --out."
@@ -100,12 +100,12 @@ def stored_settings(folder: Path, kind: type[Kind]) -> Kind:
     Raises:
         UsageError: there is no run. IncompatibleInputError: a damaged config.yaml.
     """
-    file = folder / CONFIG
-    if not file.is_file():
+    if not is_run(folder):
         raise UsageError(
-            f"{folder} holds no run to resume (no {CONFIG}). Check the path, or start a run with "
-            f"--out {folder}."
+            f"{folder} holds no run to resume (no config.yaml). Check the path, or start a run "
+            f"with --out {folder}."
         )
+    file = folder / "config.yaml"
     values = read_yaml_mapping(file)
     if odd := set(values) ^ {f.name for f in fields(kind)}:
         step = "Restore it, or start a new run."

@@ -54,13 +54,14 @@ def _task_of(plan: Plan, task: str | None) -> Task:
     return load_task(spec)
 
 
-def _check_saved(folder: Path) -> None:
-    """Refuse the folder of a run where the one of its model is meant."""
+def _saved_plan(folder: Path) -> Plan:
+    """The plan of a saved model; the folder of a run is refused where its model's is meant."""
     if not (folder / WEIGHTS).is_file() and (folder / "model" / WEIGHTS).is_file():
         raise UsageError(
             f"{folder} is the folder of a run, expected one of a saved model; the run's own "
             f"model is in {folder / 'model'}. Name that."
         )
+    return Plan.load(folder)
 
 
 def _factory(spec: str) -> Callable[[], nn.Module]:
@@ -105,8 +106,7 @@ def refresh(
     folder: Path, task: str | None, model: str | None, out: Path | None, report: Reporter
 ) -> dict[str, Any]:
     """The plan of a saved model on an updated dense checkpoint, from the old factors."""
-    _check_saved(folder)
-    plan = Plan.load(folder)
+    plan = _saved_plan(folder)
     with leaving(out or folder, folder):
         factory, calibration = _dense(plan, task, model, report)
         built, errors = refresh_model(folder, factory, calibration, report)
@@ -173,8 +173,7 @@ def retrain(
     Raises:
         IncompatibleInputError: the last try failed (no batches, a loss that is not finite).
     """
-    _check_saved(folder)
-    plan = Plan.load(folder)
+    plan = _saved_plan(folder)
     with leaving(out or folder, folder):
         return _retrained(folder, plan, _task_of(plan, task), steps, out or folder, seed, report)
 
@@ -212,8 +211,7 @@ def verify(
     folder: Path, task: str | None, seconds: float, report: Reporter, silent: bool
 ) -> dict[str, Any]:
     """Quality, latency, parameters and MACs of a saved model against dense."""
-    _check_saved(folder)
-    plan = Plan.load(folder)
+    plan = _saved_plan(folder)
     loaded = _task_of(plan, task)
     # As the plan was measured: on its kind of device, in its dtype, called in its mode.
     env = plan.environment

@@ -23,10 +23,10 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, TuneC
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 
-from blast_search.cluster import RESOURCE, Places
+from blast_search.cluster import RESOURCE, Places, describe_as
 from blast_search.errors import BlastSearchError
-from blast_search.latency import describe, fingerprint, synchronizer
-from blast_search.modes import float32_products, set_float32_products
+from blast_search.latency import fingerprint, synchronizer
+from blast_search.modes import float32_products
 from blast_search.tables import Cell, Measurement
 from blast_search.workers import Measure, OnResult, attempt
 
@@ -40,9 +40,8 @@ class CellTrainable(tune.Trainable):
     """Measures one cell per trial; reused for the next cell without a new process."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        torch.set_num_threads(config["threads"])
-        set_float32_products(config["float32"])
-        self.here = describe(config["device_type"], config["cell"].dtype)
+        dtype, threads = config["cell"].dtype, config["threads"]
+        self.here = describe_as(config["device_type"], dtype, threads, config["float32"])
         self.job = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

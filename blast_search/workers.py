@@ -12,7 +12,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from blast_search.errors import BlastSearchError, MissingDependencyError, UsageError
+from blast_search.errors import (
+    BlastSearchError,
+    MissingDependencyError,
+    UsageError,
+    in_one_line,
+)
 from blast_search.latency import measure_cell, synchronizer
 from blast_search.tables import Cell, Measurement
 
@@ -95,8 +100,7 @@ def attempt(measure: Measure, cell: Cell, device_type: str) -> tuple[Measurement
     try:
         return measure(cell, device_type), "ok"
     except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        return None, f"failed: {text[:200]}"
+        return None, f"failed: {in_one_line(error)[:200]}"
 
 
 def _still_works(cell: Cell, device_type: str) -> None:

@@ -105,8 +105,7 @@ def test_a_signal_that_was_swallowed_ends_the_run_at_the_next_step(project: Path
     Path("swallows.py").write_text(SWALLOWS)
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, *SEARCH, "--task", "swallows:task", "--out", "r"],
-        env=environment(project) | {"PYTHONPATH": f"{project}:{project / 'tests'}"},
-        capture_output=True, text=True,
+        env=environment(project), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 130, done.stderr
     assert "Stopped." in done.stderr

@@ -129,6 +129,8 @@ class HFTask:
             {CAUSAL: "perplexity", BARE: "feature_distance"}.get(self._loader, "divergence"),
             False,
         )
+        # What the model is loaded without: a pooler that was not saved; a random one says nothing.
+        self._without: dict[str, Any] = {}
         self._reference: list[dict[str, Tensor]] = []  # what the dense model is judged by
 
     def folder(self) -> str:
@@ -194,9 +196,11 @@ class HFTask:
         config.use_cache = False
         options = {"config": config, "dtype": torch.float32, "use_safetensors": True}
         model: nn.Module
+        options |= self._without
         model, found = self._load(self._loader, output_loading_info=True, **options)
-        if any("pooler" in key for key in found["missing_keys"]):  # a random one says nothing
-            model = self._load(self._loader, add_pooling_layer=False, **options)
+        if any("pooler" in key for key in found["missing_keys"]):
+            self._without = {"add_pooling_layer": False}
+            return self.model()
         if self._loader == TEXTS and getattr(config, "pad_token_id", None) is None:
             # A decoder's classifier looks for the last token that is no padding; rows are full.
             model.config.pad_token_id = -1  # type: ignore[union-attr]
