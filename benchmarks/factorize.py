@@ -25,7 +25,6 @@ from torch import Tensor
 from blast_search import factorize, find_layers
 from blast_search.calibrate import collect_grams
 from blast_search.factors import relative_error
-from blast_search.gram import regularised
 from blast_search.latency import environment
 from blast_search.layers import dense_weight, get_modules
 from blast_search.lowrank import low_rank_basis
@@ -138,9 +137,9 @@ def quality_row(name: str, a: Tensor, gram: Tensor, b: int, keep: float) -> dict
     t = max(1, int(keep * m * n / (b * (m + n))))
     own = block_diagonal(a, b, gram)
     errors = {
-        "svd": relative_error(a, (blind.U, blind.S, blind.V), regularised(gram)),
+        "svd": relative_error(a, (blind.U, blind.S, blind.V), gram),
         "unweighted": factorize(a, b, r, gram, whitening="none").error,
-        "whitened_svd": basis.error(plain),
+        "whitened_svd": factorize(a, 1, plain, gram, basis=basis).error,
         "block": factorize(a, b, r, gram, whitening="block").error,
         "full": full.error,
         "block_diagonal": own.factors.error,

@@ -106,7 +106,7 @@ def scores(p: Prepared, report: Reporter) -> ScoreTable:
     wanted, probes = gain_fits(chosen, p.space, alive), ProbeTable()
     with report.stage("fit sample layers", len(wanted)) as advance:
         for layer, candidate in wanted:
-            error = fitter.factors(layer.name, candidate).error
+            error = fitter.error(layer.name, candidate)
             probes.add("fit", layer.name, candidate, error, 0.0)
             advance()
     gains = measured_gains(chosen, probes, fitter)

@@ -3,7 +3,7 @@
     python benchmarks/postgres_study.py --workers 4 --trials 40
 
 Needs a PostgreSQL server (initdb and postgres on PATH, in /usr/lib/postgresql/*/bin, or in
-PG_BIN) and the driver of `pip install 'blast-search[cluster]'`.  Each worker is a process of its
+PG_BIN) and the driver (`pip install psycopg2-binary`).  Each worker is a process of its
 own that works on the study as a run with `--storage` does; losses are known numbers, so that only
 sampling and storage are timed.  Prints one JSON object; exits with 3 where there is no server.
 """

@@ -69,9 +69,9 @@ def factorize(
         on_sweep: called after every sweep with the relative error of the objective so far.
 
     Returns:
-        Factors in the weight's device and float32 (float64 stays).  With als, never worse than
-        the best rank-`rank` matrix, nor than `initial`.  The Gram is regularised by gram.RIDGE
-        first, and the error is in that norm.
+        Factors in the weight's device and float32 (float64 stays), with their error in the
+        Gram's norm.  What is made small is the error under the Gram and a ridge of gram.RIDGE:
+        in that norm, als is never worse than the best rank-`rank` matrix, nor than `initial`.
 
     Raises:
         ValueError: num_blocks does not divide both sides, rank < 1, a Gram or `initial` of other
@@ -99,13 +99,13 @@ def factorize(
         elif method != "als":
             raise ValueError(f"method={method!r}, expected als, precgd or adam.")
         elif num_blocks == 1:
-            return _finished(a, g, (start.U, start.S, start.V), normal=False)
+            return _finished(a, gram, (start.U, start.S, start.V), normal=False)
         else:
             count = SWEEPS if sweeps is None else sweeps
             starts = [start] if initial is None else [start, _like(initial, start)]
             rough = initial is None
             factors = _fit([a], num_blocks, [starts], [target], full, count, report, rough)[0]
-    return _finished(a, g, factors)
+    return _finished(a, gram, factors)
 
 
 @torch.no_grad()
@@ -137,13 +137,13 @@ def factorize_many(
         if gram is not None:
             warn_if_singular(gram, name)
         target = None if g is None else cut(g, whitening, num_blocks)
-        checked.append((a, g))
+        checked.append((a, gram))
         targets.append(target)
         starts.append(whitened_svd(a, target, rank).factors(rank, num_blocks))
     if num_blocks == 1:
         return [
-            _finished(a, g, (s.U, s.S, s.V), normal=False)
-            for (a, g), s in zip(checked, starts, strict=True)
+            _finished(a, gram, (s.U, s.S, s.V), normal=False)
+            for (a, gram), s in zip(checked, starts, strict=True)
         ]
     full = whitening == "full" and any(_is_full(g) for g in grams)
     results: list[Factors] = []
@@ -159,7 +159,9 @@ def factorize_many(
             full,
             sweeps,
         )
-        results += [_finished(a, g, f) for (a, g), f in zip(checked[part], fitted, strict=True)]
+        results += [
+            _finished(a, gram, f) for (a, gram), f in zip(checked[part], fitted, strict=True)
+        ]
     return results
 
 
@@ -198,7 +200,7 @@ def factorize_grid(
     if num_blocks == 1:
         starts = [basis.factors(r) for r in ascending]
         return {
-            r: _finished(a, g, (f.U, f.S, f.V), normal=False)
+            r: _finished(a, gram, (f.U, f.S, f.V), normal=False)
             for r, f in zip(ascending, starts, strict=True)
         }
     full = _is_full(gram)
@@ -211,7 +213,7 @@ def factorize_grid(
             if lost <= basis.error(rank) ** 2 * basis.total:
                 start, count, rough = extended, min(GRID_SWEEPS, sweeps), False
         fitted = _fit([a], num_blocks, [[start]], [g], full, count, rough=rough)[0]
-        result[rank] = below = _finished(a, g, fitted)
+        result[rank] = below = _finished(a, gram, fitted)
     return result
 
 

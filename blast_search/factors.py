@@ -35,11 +35,18 @@ def relative_error(weight: Tensor, factors: Triple, gram: Tensor | None) -> floa
     """|| (A - A_hat) G^(1/2) ||_F / || A G^(1/2) ||_F from the dense residual, in float64.
 
     The sweeps' own loss comes from a difference of large sums; this is what gets reported.
+
+    Args:
+        gram: G (n, n), or its diagonal (n,); None for the identity.
     """
-    a = weight.double()
+    a, g = weight.double(), None if gram is None else gram.to(weight.device, torch.float64)
     u, s, v = (t.double() for t in factors)
     e = a - to_dense(u, s, v)
-    lost, total = (((t if gram is None else t @ gram.double()) * t).sum() for t in (e, a))
+
+    def squared(t: Tensor) -> Tensor:
+        return ((t if g is None else t * g if g.dim() == 1 else t @ g) * t).sum()
+
+    lost, total = squared(e), squared(a)
     return float((lost.clamp_min(0) / total).sqrt()) if float(total) > 0 else float(lost > 0)
 
 

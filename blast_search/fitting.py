@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from blast_search.errors import IncompatibleInputError
 from blast_search.factorize import factorize
-from blast_search.factors import Factors
+from blast_search.factors import Factors, relative_error
+from blast_search.gram import regularised
 from blast_search.layers import dense_weight, get_modules
 from blast_search.lowrank import LowRankBasis, low_rank_basis
 from blast_search.plan import Choices
@@ -95,6 +96,17 @@ class Fitter:
         while self._cached_bytes > self._room and len(self._cache) > 1:
             self._cached_bytes -= _size(self._cache.popitem(last=False)[1])
         return factors
+
+    def error(self, name: str, candidate: Candidate, sweeps: int = SEARCH_SWEEPS) -> float:
+        """Relative error of a candidate's factors in the norm of `basis`: with the Gram's ridge.
+
+        Calibration data never spans a layer's whole input space; what they leave out counts here.
+        """
+        if candidate.num_blocks == 1:
+            return self.basis(name).error(candidate.rank)
+        f, gram = self.factors(name, candidate, sweeps), self._grams.get(name)
+        norm = None if gram is None else regularised(gram.cpu())
+        return relative_error(dense_weight(self.dense[name]).cpu(), (f.U, f.S, f.V), norm)
 
     def module(self, name: str, candidate: Candidate, sweeps: int = SEARCH_SWEEPS) -> nn.Module:
         """A layer ready to be put in place: the dense module itself, or a fitted BlastLinear."""

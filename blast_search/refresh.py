@@ -20,7 +20,6 @@ from blast_search.calibrate import collect_grams
 from blast_search.errors import IncompatibleInputError
 from blast_search.factorize import factorize
 from blast_search.factors import Factors, relative_error
-from blast_search.gram import regularised
 from blast_search.layers import dense_weight
 from blast_search.matrix import BlastLinear
 from blast_search.plan import Plan
@@ -89,8 +88,7 @@ def refit(
 ) -> tuple[Factors, Refit]:
     """Factors of a new weight (m, n) from those of an older one; the better of the two."""
     u, v, s = (t.detach().to(weight.device) for t in (previous.U, previous.V, previous.S))
-    norm = None if gram is None else regularised(gram.to(weight.device))
-    kept = Factors(u, v, s, relative_error(weight, (u, s, v), norm))
+    kept = Factors(u, v, s, relative_error(weight, (u, s, v), gram))
     fitted = factorize(weight, len(u), u.shape[-1], gram, REFRESH_SWEEPS, initial=kept, name=name)
     best = min(fitted, kept, key=lambda f: f.error)
     return best, Refit(kept.error, best.error)

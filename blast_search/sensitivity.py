@@ -94,7 +94,7 @@ def estimate_scores(
     with report.stage("fit sample layers", len(wanted)) as advance:
         for layer, candidate in wanted:
             if ("fit", layer.name, candidate) not in probes.values:
-                error = fitter.factors(layer.name, candidate).error
+                error = fitter.error(layer.name, candidate)
                 probes.add("fit", layer.name, candidate, error, 0.0)
             advance()
     targets = {

@@ -102,7 +102,7 @@ def _opened(url: str, opening: Callable[[], Any], own: bool = False) -> Any:
         except ImportError as error:
             raise MissingDependencyError(
                 f"the driver of --storage is not installed ({error}): for PostgreSQL, "
-                "pip install 'blast-search[cluster]'."
+                "pip install psycopg2-binary."
             ) from error
         except (SQLAlchemyError, ValueError) as error:
             # Runs that open an empty database together race for the creation of its tables.

@@ -38,7 +38,7 @@ def low_rank(
     """
     a, g = _prepared(weight, num_blocks, gram)
     f = whitened_svd(a, g, rank).factors(rank, num_blocks)
-    return _structured(weight, g, (f.U, f.S, f.V), rank * sum(weight.shape))
+    return _structured(weight, gram, (f.U, f.S, f.V), rank * sum(weight.shape))
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def block_diagonal(weight: Tensor, num_blocks: int, gram: Tensor | None = None) 
     eye = torch.eye(min(p, q), dtype=a.dtype, device=a.device).expand(b, -1, -1)
     u, v = (eye, blocks.mT) if p <= q else (blocks, eye)
     s = torch.eye(b, dtype=a.dtype, device=a.device).unsqueeze(2).expand(b, b, min(p, q))
-    return _structured(weight, g, (u, s, v), blocks.numel())
+    return _structured(weight, gram, (u, s, v), blocks.numel())
 
 
 @torch.no_grad()
@@ -106,7 +106,9 @@ def monarch(
         for j in range(b):
             slot = (i + j) % b
             u[i, :, slot], v[j, :, slot], s[i, j, slot] = left[j, i], right[j, i], 1
-    return _structured(weight, g, (u.flatten(2), s.flatten(2), v.flatten(2)), b * b * t * (p + q))
+    return _structured(
+        weight, gram, (u.flatten(2), s.flatten(2), v.flatten(2)), b * b * t * (p + q)
+    )
 
 
 def _truncate(blocks: Tensor, gram: Tensor | None, t: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +140,9 @@ def _prepared(
     return weight.detach().double(), None if gram is None else regularised(gram.double())
 
 
-def _structured(weight: Tensor, g: Tensor | None, factors: Triple, parameters: int) -> Structured:
+def _structured(
+    weight: Tensor, gram: Tensor | None, factors: Triple, parameters: int
+) -> Structured:
     dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
     u, s, v = (x.to(dtype).contiguous() for x in factors)
-    return Structured(Factors(u, v, s, relative_error(weight, (u, s, v), g)), parameters)
+    return Structured(Factors(u, v, s, relative_error(weight, (u, s, v), gram)), parameters)

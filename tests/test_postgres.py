@@ -9,7 +9,7 @@ import pytest
 
 
 def test_workers_share_a_study_in_postgresql(project: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("psycopg2", reason="no driver: pip install 'blast-search[cluster]'")
+    pytest.importorskip("psycopg2", reason="no driver: pip install psycopg2-binary")
     monkeypatch.syspath_prepend(str(project / "benchmarks"))
     monkeypatch.setenv("PYTHONPATH", ":".join([str(project), *filter(None, sys.path)]))
     from postgres_study import measure, postgres, server_folder
