@@ -30,7 +30,6 @@ import numpy as np
 import torch
 
 from blast_search import solver
-from blast_search.engine import corrected
 from blast_search.factorize import factorize, factorize_many
 from blast_search.files import write_json
 from blast_search.fitting import Fitter
@@ -46,7 +45,7 @@ from blast_search.progress import Reporter
 from blast_search.runfolder import RunFolder
 from blast_search.sensitivity import ProbeTable, Scorer, by_type, gain_fits, measured_gains
 from blast_search.space import DENSE, LayerSpec, SearchSpace
-from blast_search.tables import LatencyTable, Score, ScoreTable, layer_options
+from blast_search.tables import LatencyTable, Score, ScoreTable, corrected, layer_options
 from blast_search.tasks.shapes import SHAPES, ShapesTask
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,7 +121,7 @@ def loss(table: ScoreTable, choices: Choices) -> float:
 
 def fastest(latency: LatencyModel, table: ScoreTable, limit: float) -> Choices:
     """The fastest plan on the hull whose score is at most `limit`."""
-    options = layer_options(latency.layers, latency.table, table)
+    options = layer_options(latency.layers, latency.costs, table)
     front = solver.front(corrected(options, latency.factor))
     return front.choices(int(np.argmax(front.loss <= limit * (1 + 1e-9))))
 

@@ -129,10 +129,11 @@ def pruned(prepared: Prepared, full: LatencyTable) -> dict[str, Any]:
     naive = sum(len(space.candidates(ly)) * len(ly.calls) for ly in prepared.layers)
     scores = spectral_scores(prepared)
     same = {}
-    options = layer_options(prepared.layers, full, scores)
+    model = LatencyModel(prepared.layers, full)
+    options = layer_options(prepared.layers, model.costs, scores)
     measured = {ly.name: set(table.costs(ly)) for ly in prepared.layers}
     left = {n: [o for o in found if o.candidate in measured[n]] for n, found in options.items()}
-    dense_us = LatencyModel(prepared.layers, full).dense_us
+    dense_us = model.dense_us
     for budget in BUDGETS:
         whole, part = (solver.solve(o, budget * dense_us).choices for o in (options, left))
         same[str(budget)] = whole == part

@@ -10,6 +10,7 @@ from blast_search.errors import InfeasibleBudgetError
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
+from blast_search.solver import least
 
 CLOSE = 0.94  # a plan that uses this much of its budget is close enough
 ROUNDS = 6
@@ -68,6 +69,7 @@ def meet_together(
             for name, timing in zip(plans, timings, strict=True):
                 resume(name, timing)
             advance()
+    engine.latency.correction = corrections[next(reversed(corrections))]
     return found
 
 
@@ -84,7 +86,12 @@ def _rounds(
         try:
             choices = make(aim * target)
         except InfeasibleBudgetError:
-            break
+            if tried or not engine.by_time:
+                break
+            # By the table alone, which has not been held against this kind's plans yet.
+            choices = _fastest(make)
+            if all(c.is_dense for c in choices.values()):
+                break
         predicted = engine.predicted_ratio(choices)
         assert predicted is not None
         if digest(choices) in tried:  # timed already: no new evidence would come
@@ -114,6 +121,14 @@ def _rounds(
         if CLOSE * target <= min(estimate, measured) <= max(estimate, measured) <= target:
             break
     return _best(engine, list(tried.values()), target)
+
+
+def _fastest(make: Make) -> Choices:
+    """The plan of a kind of least predicted ratio; an empty one where there is none."""
+    try:
+        return least(make)[1]
+    except InfeasibleBudgetError:
+        return {}
 
 
 def bounded(correction: float) -> float:

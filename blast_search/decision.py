@@ -73,25 +73,42 @@ def decide(
         if contender and contender.feasible:
             pool["searched"] = (contender, searched)
     order, trained = _ordered(engine, pool, recovered)
-    decisions = []
-    for name in order:  # the last timing may refuse a plan and all that its kind has to offer
-        contender, make = pool[name]
+    decisions: list[Decision] = []
+
+    def timed(contender: Contender, make: Make, weights: Mapping[str, float]) -> None:
         # A uniform winner stands for its kind: the baseline is what the last timing makes of it.
         own = [key for key, c in baselines.items() if c.name == contender.name]
         others = {key: c for key, c in baselines.items() if key not in own}
-        decision = final(
-            engine, contender, make, others, target, dense, tuned.trials if tuned else 0
-        )
-        mine = dict.fromkeys(own, decision.winner)
-        chosen = weights if name == "searched" else {}
-        named = decision.baselines | mine
-        decisions.append(replace(decision, baselines=named, weights=chosen, exact=exact))
-        if decision.met:
-            break
-    best = min(decisions, key=lambda d: (not d.met, d.winner.ratio))
+        count = tuned.trials if tuned else 0
+        found = final(engine, contender, make, others, target, dense, count)
+        named = found.baselines | dict.fromkeys(own, found.winner)
+        decisions.append(replace(found, baselines=named, weights=weights, exact=exact))
+
+    for name in order:  # the last timing may refuse a plan and all that its kind has to offer
+        contender, make = pool[name]
+        met = next((d.winner for d in decisions if d.met), None)
+        if met and (trained or not _behind(engine, met, contender)):
+            continue
+        timed(contender, make, weights if name == "searched" else {})
+    if not any(d.met for d in decisions) and exact.name != FASTEST:
+        timed(*_fastest(engine, None, target), {})
+    best = min(decisions, key=lambda d: (not d.met, _loss(engine, d.winner), d.winner.ratio))
     if trained and best.winner.choices == pool[order[0]][0].choices:
         return best  # what retraining said counts for more than the true loss before it
     return _not_worse(engine, best, {key: made for key, (_, made) in uniforms.items()})
+
+
+def _loss(engine: Engine, contender: Contender) -> float:
+    """True loss, of a plan within the target: no other one is judged."""
+    return engine.true_loss(contender.name, contender.choices) if contender.feasible else 0.0
+
+
+def _behind(engine: Engine, met: Contender, other: Contender) -> bool:
+    """Whether a plan that the last timing made smaller fell behind one that is not uniform.
+
+    The uniform plans are timed beside it in any case (_not_worse).
+    """
+    return not other.name.startswith("uniform") and _loss(engine, other) < _loss(engine, met)
 
 
 def _tuned(
@@ -228,7 +245,11 @@ def best_blocks(engine: Engine, target: float) -> list[int]:
         return blocks
     losses = {b: predicted[b] for b in near}
     if len(near) > 1:
-        found = engine.judged("uniform BLAST", [plans[b] for b in near], deadline=engine.deadline)
+        with engine.report.stage("judge uniform BLAST plans", len(near)) as advance:
+            found = engine.judged(
+                "uniform BLAST", [plans[b] for b in near], deadline=engine.deadline,
+                advance=advance,
+            )  # fmt: skip
         losses = {b: fmean(v) for b, v in zip(near, found, strict=True) if v} or losses
     return [min(losses, key=losses.__getitem__)]
 
@@ -275,8 +296,11 @@ def infeasible(
         reason = f"everything outside the searched layers alone takes {outside:.2f} of dense"
     else:
         reason = "the smallest ranks of the search space still take that much"
-    # Rounded up: the budget that is named must be reachable.
-    smallest = -(-(outside + decision.winner.ratio * (1 - outside)) * 1000 // 1) / 1000
+    ratio, timing = decision.winner.ratio, decision.winner.timing
+    if scope in ("layers", "model") and timing.ratio_layers > 0:
+        # A run with the budget that is named must be able to meet it, in a timing of its own.
+        ratio *= max(1.0, timing.ratio_layers_ci95[1] / timing.ratio_layers)
+    smallest = -(-(outside + min(1.0, ratio) * (1 - outside)) * 1000 // 1) / 1000
     return InfeasibleBudgetError(
         f"no plan meets budget {budget:g} (scope {scope}): the smallest reachable budget is about "
         f"{smallest:.3f}; {reason}. The nearest plan is in {run / 'plan.json'}."

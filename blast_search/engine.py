@@ -31,7 +31,7 @@ from blast_search.runfolder import RunFolder, digest
 from blast_search.sensitivity import Scorer
 from blast_search.settings import layer_target
 from blast_search.space import DENSE, Candidate, LayerSpec, SearchSpace, ties_of
-from blast_search.tables import Option, ScoreTable, layer_options
+from blast_search.tables import Option, ScoreTable, corrected, layer_options
 from blast_search.tangent import Tangent
 
 AIM = 0.975  # of the budget: room for the noise of the final measurement
@@ -76,6 +76,7 @@ class Engine:
     tuning: dict[str, Any] = field(default_factory=dict)  # see trials.py
     gap: float = 0.0
     outside: float = 0.0  # see layer_target; 0 in the scope "layers"
+    _options: dict[object, dict[str, list[Option]]] = field(default_factory=dict)
 
     @property
     def fitter(self) -> Fitter:
@@ -231,13 +232,21 @@ class Engine:
 
     def options(self) -> dict[str, list[Option]]:
         """What the solver may choose; never a candidate that is slower than dense."""
-        options = layer_options(self.layers, self.latency.table, self.scores)
-        if self.by_time:
-            return corrected(options, self.latency.factor)
-        return {
-            ly.name: [replace(o, cost_us=self.size(ly, o.candidate)) for o in options[ly.name]]
-            for ly in self.layers
-        }
+        latency = self.latency
+        key = (latency.changes, latency.correction, tuple(latency.factors.items()))
+        if key not in self._options:  # at every solve, and most times nothing has changed
+            options = layer_options(self.layers, latency.costs, self.scores)
+            if self.by_time:
+                options = corrected(options, latency.factor)
+            else:
+                options = {
+                    ly.name: [
+                        replace(o, cost_us=self.size(ly, o.candidate)) for o in options[ly.name]
+                    ]
+                    for ly in self.layers
+                }
+            self._options = {key: options}
+        return dict(self._options[key])
 
     @property
     def dense_cost(self) -> float:
@@ -324,16 +333,6 @@ class Engine:
     @property
     def dense(self) -> Choices:
         return {layer.name: DENSE for layer in self.layers}
-
-
-def corrected(
-    options: Mapping[str, list[Option]], factor: Callable[[Candidate], float]
-) -> dict[str, list[Option]]:
-    """Options that cost `factor` times their cells."""
-    return {
-        name: [replace(o, cost_us=o.cost_us * factor(o.candidate)) for o in items]
-        for name, items in options.items()
-    }
 
 
 def _timing(value: Mapping[str, object]) -> Timing:

@@ -41,6 +41,7 @@ class LatencyModel:
     correction: float = 1.0
     factors: dict[int, float] = field(default_factory=dict)
     workloads: Sequence[str] = ()
+    changes: int = 0  # of the table, so far
     _costs: dict[str, dict[Candidate, float]] = field(default_factory=dict)
 
     @cached_property
@@ -55,11 +56,17 @@ class LatencyModel:
 
     def costs(self, name: str) -> dict[Candidate, float]:
         if not self._costs:
-            self._costs = {layer.name: self.table.costs(layer) for layer in self.layers}
+            alike: dict[object, dict[Candidate, float]] = {}  # most layers have twins
+            for layer in self.layers:
+                key = (layer.shape, layer.bias, layer.calls)
+                if key not in alike:
+                    alike[key] = self.table.costs(layer)
+                self._costs[layer.name] = alike[key]
         return self._costs[name]
 
     def table_changed(self) -> None:
         self._costs = {}
+        self.changes += 1
         self.__dict__.pop("parts", None)
 
     @property

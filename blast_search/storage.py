@@ -80,6 +80,11 @@ def stored_trials(study: Any, storage: Storage) -> list[Any]:
     return trials
 
 
+def add_trial(study: Any, storage: Storage, trial: Any) -> None:
+    """Store a finished trial in a study that `open_study` opened; raises what that does."""
+    _opened(storage.url, lambda: study.add_trial(trial), own=not storage.worker)
+
+
 def own_file_damaged(path: str | Path, error: Exception) -> IncompatibleInputError:
     """The error for the study.db of a run folder."""
     return IncompatibleInputError(
@@ -94,6 +99,7 @@ def _opened(url: str, opening: Callable[[], Any], own: bool = False) -> Any:
     Args:
         own: the database is the run folder's own file, not one that was asked for.
     """
+    from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
     for attempt in range(OPENINGS):
@@ -104,7 +110,7 @@ def _opened(url: str, opening: Callable[[], Any], own: bool = False) -> Any:
                 f"the driver of --storage is not installed ({error}): for PostgreSQL, "
                 "pip install psycopg2-binary."
             ) from error
-        except (SQLAlchemyError, ValueError) as error:
+        except (SQLAlchemyError, StorageInternalError, ValueError) as error:
             # Runs that open an empty database together race for the creation of its tables.
             if isinstance(error, ValueError) or attempt + 1 == OPENINGS:
                 if own:

@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Any
 
 from blast_search.space import LayerSpec
-from blast_search.storage import Storage, open_study, stored_trials
+from blast_search.storage import Storage, add_trial, open_study, stored_trials
 
 RANDOM = 4  # trials before the sampler learns: there are few in all
 RANGE = 1.5  # log2: a factor of up to 2.8 either way
@@ -107,6 +107,7 @@ class Study:
         # Storing takes longer than sampling (one query per parameter and more), so it happens
         # beside the next evaluation.  A run that is killed before finds the losses on file.
         self._writer = ThreadPoolExecutor(1, "study")
+        self._waiting: list[Any] = []  # trials
         self._writes: list[Future[None]] = []
         self.sync()
 
@@ -126,8 +127,15 @@ class Study:
         """Whether all trials so far are this run's."""
         return all(worker_of(t) == self.worker for t in self.trials)
 
+    def store(self) -> None:
+        """Begin to store the trials that wait for it: to be called before what takes time."""
+        for trial in self._waiting:
+            self._writes.append(self._writer.submit(add_trial, self._stored, self.storage, trial))
+        self._waiting = []
+
     def flush(self) -> None:
         """Wait until every finished trial is stored; raises what the storage raised."""
+        self.store()
         while self._writes:
             self._writes.pop(0).result()
 
@@ -173,7 +181,9 @@ class Study:
         return self._memory
 
     def tell(self, asked: Asked, outcome: Outcome | None, batch: tuple[int, int]) -> None:
-        """Store a trial with what it gave; None: there is no plan for its parameters.
+        """Finish a trial with what it gave (None: there is no plan for its parameters).
+
+        It is stored at the next `store` or `flush`.
 
         Args:
             batch: the first trial of its batch, and how many the batch has.
@@ -196,7 +206,7 @@ class Study:
             else:
                 memory.tell(trial, [fmean(outcome.losses), outcome.ratio])
         frozen = memory.get_trials(deepcopy=False)[trial.number]
-        self._writes.append(self._writer.submit(self._stored.add_trial, frozen))
+        self._waiting.append(frozen)
         self.trials.append(frozen)
         self._seen.add(f"{self.worker}#{asked.number}")
 

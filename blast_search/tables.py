@@ -7,8 +7,8 @@ neither is ever stored or printed as the other.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -301,15 +301,21 @@ class Option:
 
 
 def layer_options(
-    layers: Iterable[LayerSpec], latency: LatencyTable, scores: ScoreTable, floor: float = 1.0
+    layers: Iterable[LayerSpec],
+    costs_of: Callable[[str], Mapping[Candidate, float]],
+    scores: ScoreTable,
+    floor: float = 1.0,
 ) -> dict[str, list[Option]]:
     """Per layer, the candidates that are measured and scored.
+
+    Args:
+        costs_of: what a layer's candidates cost, by its name (LatencyModel.costs).
 
     A candidate slower than `floor` times dense is dropped: dense is exact and faster.
     """
     options: dict[str, list[Option]] = {}
     for layer in layers:
-        costs = latency.costs(layer)
+        costs = costs_of(layer.name)
         dense = costs[DENSE]
         found = [Option(DENSE, dense, 0.0)]
         for candidate, score in scores.scores.get(layer.name, {}).items():
@@ -318,3 +324,13 @@ def layer_options(
                 found.append(Option(candidate, cost, max(score.loss, 0.0)))
         options[layer.name] = found
     return options
+
+
+def corrected(
+    options: Mapping[str, Sequence[Option]], factor: Callable[[Candidate], float]
+) -> dict[str, list[Option]]:
+    """Options that cost `factor` times their cells."""
+    return {
+        name: [replace(o, cost_us=o.cost_us * factor(o.candidate)) for o in items]
+        for name, items in options.items()
+    }

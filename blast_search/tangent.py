@@ -83,7 +83,7 @@ class Tangent:
                 found = [o.candidate for o in options[name] if o.candidate in offered]
                 changes[name] = list(_changes(engine, name, plan[name], found, gradients))
         total = engine.predicted_loss(plan)
-        return cls(engine, changes, loss / total if total > 0 else 1.0)
+        return cls(engine, changes, loss / total if total > 0 and loss > 0 else 1.0)
 
     def solve(self, ratio: float, share: float, gap: float = solver.GAP) -> Choices:
         """The plan of least changed loss within a predicted ratio.

@@ -10,6 +10,7 @@ is far above the best one on the calibration batches seen so far is given up.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -92,6 +93,8 @@ class Trials:
         self.evaluating = 0.0  # seconds in building, judging and differentiating models
         self.deadline, self.correction = FOREVER, engine.latency.correction
         self._tangents: dict[str, Tangent | None] = {}  # of the last plan
+        self._steps: dict[float, Choices] = {}  # along it, by share
+        self._digests: list[str] = []  # of the trials' plans; "" where one has none
 
     def run(self, count: int, start: Mapping[str, float], deadline: Deadline) -> Tuned | None:
         """Trials until the study has `count`: weights, steps, moves.
@@ -105,17 +108,20 @@ class Trials:
         with engine.report.stage("optuna trials", count) as advance:
             for _ in range(before):
                 advance()
-            while (done := self.study.sync()) < count and not deadline.expired():
-                first, end = self.batch(done, count)
-                if done < self.weighted(count):
-                    asked = self.study.ask(first, end, starts[first:])
-                    plans = [self.solved(trial.values) for trial in asked]
-                    self.judge("weights", first, list(zip(asked, plans, strict=True)), advance)
-                elif not (
-                    (done < count - self.moves(count) and self.step(first, end, advance))
-                    or self.move(first, end, advance)
-                ):
-                    break
+            try:
+                while (done := self.study.sync()) < count and not deadline.expired():
+                    first, end = self.batch(done, count)
+                    if done < self.weighted(count):
+                        asked = self.study.ask(first, end, starts[first:])
+                        plans = [self.solved(trial.values) for trial in asked]
+                        self.judge("weights", first, list(zip(asked, plans, strict=True)), advance)
+                    elif not (
+                        (done < count - self.moves(count) and self.step(first, end, advance))
+                        or self.move(first, end, advance)
+                    ):
+                        break
+            finally:  # also of a run that a signal ends
+                self.study.store()
             self.study.flush()
         found = study.finished(self.study.trials)
         if not found:
@@ -174,6 +180,7 @@ class Trials:
         new = trials[len(self.study.trials) - first :]
         plans = [plan for _, plan in new if plan]
         began = time.monotonic()
+        self.study.store()
         answers = self.engine.judged("trial", plans, bar=best.losses if best else ())
         self.evaluating += time.monotonic() - began
         losses = iter(answers)
@@ -198,9 +205,17 @@ class Trials:
         def plans(best: study.Finished) -> Iterator[Choices]:
             if tangent := self.tangent(best):
                 with suppress(InfeasibleBudgetError):  # another run's plan, on another table
-                    yield from (tangent.solve(self.ratio, share, TRIAL_GAP) for share in SHARES)
+                    for share in self.shares():
+                        if share not in self._steps:
+                            self._steps[share] = tangent.solve(self.ratio, share, TRIAL_GAP)
+                        yield self._steps[share]
 
         return self.changed("step", first, end, plans, advance)
+
+    def shares(self) -> tuple[float, ...]:
+        """SHARES; where other runs work on the study, each run begins with another one of them."""
+        own = 0 if self.study.alone else zlib.crc32(self.study.worker.encode()) % len(SHARES)
+        return SHARES[own:] + SHARES[:own]
 
     def move(self, first: int, end: int, advance: Callable[[], None]) -> bool:
         """Moves of the best plan before `first`: see `changed`."""
@@ -230,7 +245,10 @@ class Trials:
         found = study.finished(history)
         if not found:
             return False
-        tried = {digest(_choices(t.user_attrs["plan"])) for t in history if "plan" in t.user_attrs}
+        for trial in history[len(self._digests) :]:
+            plan = trial.user_attrs.get("plan")
+            self._digests.append(digest(_choices(plan)) if plan else "")
+        tried = set(self._digests[:first])
         best, batch = min(found, key=lambda item: item.loss), list[Choices]()
         for plan in plans(best):
             if digest(plan) not in tried and self.fits(plan):
@@ -252,6 +270,7 @@ class Trials:
             # As during the trials: a resumed run may get here when it has been corrected since.
             corrected, latency.correction = latency.correction, self.correction
             try:
+                self._steps = {}
                 self._tangents = {key: self.engine.tangent(plan, best.loss, self.deadline)}
             except RuntimeError as error:
                 self._tangents = {key: None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,11 @@ from landscape import Silent
 from blast_search import decision
 from blast_search.closed_loop import meet, meet_together
 from blast_search.deadline import FOREVER, Deadline
-from blast_search.decision import _searched, best_blocks, decide
+from blast_search.decision import _searched, best_blocks, decide, infeasible
 from blast_search.engine import AIM, Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.judge import BROKEN
-from blast_search.last_timing import final
+from blast_search.last_timing import Decision, final
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.settings import layer_target
@@ -143,8 +144,8 @@ class Kinds(World):
     def time(self, name: str, plans: Mapping[str, Choices], _seconds: float) -> list[Timing]:
         key = (name == "final", *(tuple(p.items()) for p in plans.values()))
         if key not in self.file:
-            slower = self.last if name == "final" else {1: 1.0, 2: 1.0}
-            ratios = [slower[p["b"].rank] * rank(p) / 1000 for p in plans.values()]
+            slower = self.last if name == "final" else {}
+            ratios = [slower.get(p["b"].rank, 1.0) * rank(p) / 1000 for p in plans.values()]
             self.file[key] = [replace(TIMING, ratio_layers=ratio) for ratio in ratios]
         return self.file[key]  # type: ignore[no-any-return]
 
@@ -207,6 +208,46 @@ def test_where_no_plan_of_a_kind_holds_at_the_last_timing_the_next_kind_is_taken
     assert kind(found) == 2
 
 
+def test_a_searched_plan_that_was_tightened_behind_the_exact_one_gives_way_to_it(monkeypatch):
+    def world(slower: float) -> Kinds:
+        return Kinds(lambda *_: 0, losses={1: 1.0, 2: 1.2, 3: 0.98}, last={1: 1, 2: 1, 3: slower})
+
+    def decided_by(world: Kinds) -> Any:
+        near = lambda r: world.exact(r) | {"b": Candidate(1, 3)}  # noqa: E731
+        tuned = Tuned({"a": 1.0}, near(AIM * TARGET), 20, near)
+        monkeypatch.setattr(decision, "_tuned", lambda *_: (tuned, {"a": 1.0}))
+        return decide(world, TARGET, TIMING, 20, Storage("sqlite://"), 0)  # type: ignore[arg-type]
+
+    assert kind(decided_by(world(1.0))) == 3
+    found = decided_by(world(1.06))  # 0.98 / 275 is more than 1 / 292
+    assert found.met
+    assert kind(found) == 1
+    assert not found.weights
+
+
+def test_the_fastest_plan_is_tried_before_a_budget_is_called_too_small(monkeypatch):
+    class Stubborn(Kinds):
+        def time(self, name: str, plans: Mapping[str, Choices], seconds: float) -> list[Timing]:
+            timings = super().time(name, plans, seconds)
+            if name != "final":
+                return timings
+            over = [replace(TIMING, ratio_layers=0.31)] * len(plans)
+            fast = [rank(p) == self.smallest for p in plans.values()]
+            return [t if f else o for t, o, f in zip(timings, over, fast, strict=True)]
+
+    found = decided(Stubborn(lambda *_: 0, smallest=100), monkeypatch)
+    assert found.met
+    assert found.winner.choices == plan(100) | {"b": Candidate(1, 1)}
+
+
+def test_the_budget_that_is_named_can_be_met_in_another_timing():
+    timing = replace(TIMING, ratio_layers=0.3, ratio_layers_ci95=(0.28, 0.33))
+    nearest = Contender("fastest", plan(300), timing, 0.3, False)
+    found = Decision(nearest, {}, 0.2, TIMING, 0, False)
+    assert "about 0.330;" in str(infeasible(Path("run"), "layers", 0.2, found, 0.0))
+    assert "about 0.300;" in str(infeasible(Path("run"), "params", 0.2, found, 0.0))
+
+
 def test_a_uniform_plan_within_the_budget_is_taken_where_the_solver_has_none(monkeypatch):
     found = decided(Kinds(lambda *_: 0, smallest=310), monkeypatch)
     assert found.met
@@ -230,13 +271,15 @@ def test_what_retraining_said_is_not_overruled_by_the_loss_before_it(monkeypatch
     assert found.winner.name == "uniform low rank"
 
 
+@dataclass
 class Together(Kinds):
     """The solver's plans take 1.2 times what is predicted, uniform ones 0.8 times."""
 
+    slower: Mapping[int, float] = field(default_factory=lambda: {1: 1.2, 2: 0.8})
+
     def time(self, _name: str, plans: Mapping[str, Choices], seconds: float) -> list[Timing]:
         self.calls.append((len(plans), seconds))
-        slower = {1: 1.2, 2: 0.8}
-        ratios = [slower[p["b"].rank] * rank(p) / 1000 for p in plans.values()]
+        ratios = [self.slower[p["b"].rank] * rank(p) / 1000 for p in plans.values()]
         return [replace(TIMING, ratio_layers=ratio) for ratio in ratios]
 
     @property
@@ -262,6 +305,29 @@ def test_plans_that_are_timed_together_are_those_that_each_kind_alone_would_get(
     # Both are off by more than a tenth, so that each timing is made again, for twice as long.
     assert world.calls[:2] == [(2, pytest.approx(8 * 4 / 3)), (2, pytest.approx(16 * 4 / 3))]
     assert len(world.calls) == max(map(len, alone))
+
+
+def test_the_last_kind_leaves_its_correction_also_where_it_is_the_first_to_end():
+    world: Any = Together(lambda *_: 0, slower={1: 1.0, 2: 0.8})
+    makes = {"uniform": lambda r: world.largest_uniform(1, r), "exact": world.exact}
+    meet_together(world, makes, TARGET)
+    assert [count for count, _ in world.calls] == [2, 1, 1]
+    assert world.latency.correction == pytest.approx(1.0)
+
+
+def test_a_kind_whose_plans_all_look_too_slow_is_timed_before_it_is_given_up():
+    world: Any = Together(lambda *_: 0, smallest=310, slower={1: 0.7})
+    found = meet(world, "exact", world.exact, TARGET)
+    assert found
+    assert found.feasible
+    assert 0.94 * TARGET < found.ratio <= TARGET
+    slow: Any = Together(lambda *_: 0, smallest=310, slower={1: 1.0})
+    found = meet(slow, "exact", slow.exact, TARGET)
+    assert found
+    assert not found.feasible
+    assert len(slow.calls) == 1
+    sizes: Any = Together(lambda *_: 0, smallest=310, by_time=False)  # counted: nothing to time
+    assert meet(sizes, "exact", sizes.exact, TARGET) is None
 
 
 def test_a_kind_without_plans_does_not_hold_up_the_others():
@@ -299,12 +365,16 @@ def block_world(predicted: dict[int, float], true: dict[int, float]) -> Any:
             raise InfeasibleBudgetError("none")
         return {"a": Candidate(blocks[0], 8)}
 
-    def judged(_name: str, plans: list[Choices], deadline: Deadline) -> list[list[float] | None]:
+    def judged(
+        _name: str, plans: list[Choices], deadline: Deadline, advance: Callable[[], None]
+    ) -> list[list[float] | None]:
+        advance()
         world.judged_plans += [plan["a"].num_blocks for plan in plans]
         return [None if deadline.expired() else [true[p["a"].num_blocks]] for p in plans]
 
     world = SimpleNamespace(
         latency=SimpleNamespace(correction=3.0), aim=AIM, deadline=FOREVER, judged_plans=[],
+        report=Silent(),
         space=SimpleNamespace(num_blocks=(1, 2, 4, 8)), best_uniform=best_uniform, judged=judged,
         predicted_loss=lambda choices: predicted[choices["a"].num_blocks],
     )  # fmt: skip

@@ -20,6 +20,7 @@ from blast_search.pipeline import opened
 from blast_search.progress import SILENT
 from blast_search.settings import Settings
 from blast_search.space import SearchSpace
+from blast_search.tables import LatencyTable
 
 # Ranks in large steps: uniform plans then come in few sizes.
 SPACE = SearchSpace(
@@ -120,3 +121,30 @@ def test_a_run_that_a_uniform_plan_wins_fills_it_up(tmp_path: Path, monkeypatch)
     assert again.plan.choices == plan.choices
     added = (out / "measured.csv").read_text()[len(measured) :].splitlines()
     assert {line.split(",")[0] for line in added} <= {"retrained 2 steps"}
+
+
+def test_options_follow_every_change_of_what_they_cost(engine: Engine):
+    timed = replace(engine, scope="layers", latency=replace(engine.latency), _options={})
+    name = timed.layers[0].name
+
+    def costs() -> dict[str, float]:
+        return {o.candidate.key: o.cost_us for o in timed.options()[name]}
+
+    first = costs()
+    timed.options().clear()  # what it returns belongs to the caller
+    assert costs() == first
+    timed.latency.correction = 2.0
+    slower = costs()
+    assert slower["dense"] == first["dense"]
+    assert all(slower[key] == 2 * first[key] for key in first if key != "dense")
+    timed.latency.correction = 1.0
+    timed.latency.factors = {1: 3.0}
+    key = next(k for k in first if k.startswith("b1"))
+    assert costs()[key] == pytest.approx(3 * first[key])
+    timed.latency.factors, timed.latency.table = {}, LatencyTable(timed.latency.table.device)
+    for cell, measured in engine.latency.table.cells.items():
+        timed.latency.table.cells[cell] = measured and replace(
+            measured, dense_us=10 * measured.dense_us
+        )
+    timed.latency.table_changed()
+    assert costs()["dense"] == pytest.approx(10 * first["dense"])

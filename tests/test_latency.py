@@ -12,7 +12,6 @@ from torch import nn
 from toy import Net, ToyTask
 
 from blast_search import model_latency, workers
-from blast_search.engine import corrected
 from blast_search.errors import (
     BlastSearchError,
     IncompatibleInputError,
@@ -32,7 +31,7 @@ from blast_search.layers import Workload, find_layers, inventory
 from blast_search.model_latency import time_variants
 from blast_search.solver import solve
 from blast_search.space import DENSE, Call, Candidate, LayerSpec, SearchSpace
-from blast_search.tables import Cell, LatencyTable, Measurement, Option
+from blast_search.tables import Cell, LatencyTable, Measurement, Option, corrected
 
 SPACE = SearchSpace(num_blocks=(1, 2), keep=(0.2, 0.5))
 

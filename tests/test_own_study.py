@@ -1,14 +1,16 @@
-"""A run folder's own study.db: damage is told by its name, not as a matter of --storage."""
+"""Studies and their databases: damage is told by its name, a short failure is survived."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.exceptions import StorageInternalError
 
 from blast_search import study
 from blast_search.errors import BlastSearchError, IncompatibleInputError
-from blast_search.storage import Storage
+from blast_search.storage import Storage, add_trial
 
 
 def test_a_damaged_study_of_the_run_is_corrupt_input(tmp_path: Path):
@@ -24,3 +26,23 @@ def test_a_damaged_study_of_the_run_is_corrupt_input(tmp_path: Path):
         study.Study(["x"], own, 0)
     with pytest.raises(BlastSearchError, match="--storage"):
         study.Study(["x"], Storage(own.url, worker="me"), 0)
+
+
+def test_a_database_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch):
+    class Database:
+        def __init__(self, failures: int) -> None:
+            self.failures, self.stored = failures, list[str]()
+
+        def add_trial(self, trial: Any) -> None:
+            self.failures -= 1
+            if self.failures >= 0:
+                raise StorageInternalError("the connection was lost")
+            self.stored.append(trial)
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    shared = Storage("postgresql+psycopg2://me@host/db", worker="me")
+    brief, gone = Database(2), Database(99)
+    add_trial(brief, shared, "a trial")
+    assert brief.stored == ["a trial"]
+    with pytest.raises(BlastSearchError, match=r"database host/db cannot be used"):
+        add_trial(gone, shared, "a trial")

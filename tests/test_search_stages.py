@@ -22,7 +22,7 @@ from blast_search.model_latency import Timing
 from blast_search.moves import moves
 from blast_search.space import Call, Candidate, LayerSpec
 from blast_search.storage import Storage, check_database, without_password
-from blast_search.trials import Trials
+from blast_search.trials import SHARES, Trials
 
 TARGET = 0.4
 
@@ -267,6 +267,12 @@ def test_a_run_alone_on_a_database_works_in_batches_and_goes_on_anywhere(tmp_pat
     assert [t.params for t in run("part.db", 12)] == [t.params for t in whole]
     run("part.db", 14, "another")
     assert [t.user_attrs["batch"][1] for t in run("part.db", 17)[-3:]] == [1] * 3
+    shares = {
+        worker: Trials(Landscape(2), TARGET, Storage(storage.url, "s", worker), 0).shares()  # type: ignore[arg-type]
+        for worker in ("me", "another")
+    }
+    assert shares["me"] != shares["another"]  # of one history they make different steps
+    assert sorted(shares["me"]) == sorted(shares["another"]) == sorted(SHARES)
 
 
 def test_a_database_that_cannot_be_used_is_one_plain_line():
