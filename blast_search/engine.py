@@ -300,9 +300,9 @@ class Engine:
 
     def largest_uniform(self, num_blocks: int, ratio: float) -> dict[str, Candidate]:
         """The uniform plan of this b that keeps most parameters within a predicted ratio."""
-        top = max(self.space.keep)
-        for percent in range(round(100 * top), 0, -1):
-            choices = self.uniform(num_blocks, percent / 100)
+        top = 10 * round(100 * max(self.space.keep))
+        for thousandth in (*range(top, 100, -10), *range(min(top, 100), 9, -1)):  # finer below
+            choices = self.uniform(num_blocks, thousandth / 1000)
             predicted = self.predicted_ratio(choices)
             if predicted is not None and predicted <= ratio:
                 return choices

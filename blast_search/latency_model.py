@@ -43,6 +43,7 @@ class LatencyModel:
     workloads: Sequence[str] = ()
     changes: int = 0  # of the table, so far
     _costs: dict[str, dict[Candidate, float]] = field(default_factory=dict)
+    _between: dict[tuple[int, Candidate], float | None] = field(default_factory=dict)
 
     @cached_property
     def parts(self) -> tuple[LatencyModel, ...]:
@@ -65,7 +66,7 @@ class LatencyModel:
         return self._costs[name]
 
     def table_changed(self) -> None:
-        self._costs = {}
+        self._costs, self._between = {}, {}
         self.changes += 1
         self.__dict__.pop("parts", None)
 
@@ -144,12 +145,15 @@ class LatencyModel:
         costs = self.costs(name)
         if candidate in costs:
             return costs[candidate]
-        b = candidate.num_blocks
-        points = sorted((c.rank, cost) for c, cost in costs.items() if c.num_blocks == b)
-        if not points:
-            return None
-        ranks, values = zip(*points, strict=True)
-        return float(np.interp(candidate.rank, ranks, values))
+        key = (id(costs), candidate)  # layers of one shape share theirs
+        if key not in self._between:
+            b = candidate.num_blocks
+            points = sorted((c.rank, cost) for c, cost in costs.items() if c.num_blocks == b)
+            ranks, values = zip(*points, strict=True) if points else ((), ())
+            self._between[key] = (
+                float(np.interp(candidate.rank, ranks, values)) if points else None
+            )
+        return self._between[key]
 
 
 def _in_workload(layer: LayerSpec, workload: str) -> LayerSpec:

@@ -13,6 +13,7 @@ Predictions only decide what is measured; nothing predicted enters the table.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -73,7 +74,7 @@ def _hopeless(candidate: Candidate, costs: Mapping[Candidate, float]) -> bool:
         return False
     best = (1 - MARGIN) * costs[candidate]
     b, r = candidate.num_blocks, candidate.rank
-    return best >= costs[DENSE] or any(
+    return best >= costs.get(DENSE, math.inf) or any(  # a failed one is told of later
         other.num_blocks % b == 0 and other.rank >= r and other != candidate
         and (1 + MARGIN) * cost <= best
         for other, cost in costs.items()

@@ -407,3 +407,14 @@ def test_a_model_is_within_its_budget_just_where_its_plan_is_within_the_target()
         measured = Engine.measured_ratio(engine, plan(8), timing)
         assert (measured <= target) is within
         assert (ratio_model <= budget) is within
+
+
+@pytest.mark.parametrize("ratio", [0.62, 0.055, 0.013])
+def test_uniform_plans_come_in_fine_steps_also_where_little_is_kept(ratio: float):
+    engine: Any = SimpleNamespace(
+        space=SimpleNamespace(keep=(0.1, 0.8)),
+        uniform=lambda _blocks, keep: keep,
+        predicted_ratio=lambda keep: keep,
+    )
+    found: Any = Engine.largest_uniform(engine, 1, ratio)
+    assert 0.92 * ratio < found <= ratio

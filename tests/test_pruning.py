@@ -89,3 +89,10 @@ def test_a_resumed_run_wants_the_same_cells():
     for cell in kept[: len(kept) // 2]:
         table.add(cell, measured(bent(cell)))
     assert promising_cells([LAYER], CELLS, table) == kept
+
+
+def test_a_dense_cell_that_failed_prunes_nothing_and_is_left_to_the_profiler():
+    table = LatencyTable("d")
+    for cell in seed_cells(CELLS):
+        table.add(cell, None if cell.candidate.is_dense else measured(linear(cell)))
+    assert promising_cells([LAYER], CELLS, table)
