@@ -7,8 +7,9 @@ Layers that are tied take one option together.  Greedy and black-box searches ov
 measurably worse than this (a per-layer TPE or NSGA-II does not even reach the best uniform plan),
 so every per-layer choice is made here.
 
-The convex hull of all plans (hull.py) gives a first plan and a lower bound at once; options whose
-reduced cost shows that no better plan can hold them are dropped, and HiGHS proves the rest.
+The convex hull of all plans (hull.py; under several limits, the linear relaxation) gives a first
+plan, prices and a lower bound at once; options whose reduced cost shows that no better plan can
+hold them are dropped, and HiGHS proves the rest.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array, vstack
 
 from blast_search.errors import BlastSearchError, InfeasibleBudgetError
-from blast_search.hull import Front, Group, Limit, grouped
+from blast_search.hull import Floats, Front, Group, Limit, grouped
 from blast_search.space import Candidate
 from blast_search.tables import Option
 
@@ -105,12 +106,15 @@ def solve(
     groups = grouped(options, weights, ties, limits)
     bounds = np.array([budget_us, *(limit.limit for limit in limits)])
     _check_each(groups, bounds, limits)
-    hull = Front.of(groups)
-    picks, bound, price = hull.start(budget_us)
-    if not _within(groups, picks, bounds):
+    if limits:
+        picks, bound, prices = _relaxed(groups, bounds)
+    else:
+        picks, bound, price = Front.of(groups).start(budget_us)
+        prices = np.array([price])
+    if len(picks) and not _within(groups, picks, bounds):
         picks = np.empty(0, np.int64)
     if len(picks):
-        groups, picks, reached = _reduced(groups, picks, bound, price, budget_us, gap)
+        groups, picks, reached = _reduced(groups, picks, bound, prices, gap)
         if reached:
             return _solution(options, groups, picks, bound)
     scale = bound if bound > 0 else max(float(g.loss.max()) for g in groups) or 1.0
@@ -130,9 +134,7 @@ def solve(
     return _solution(options, groups, picks, max(bound, proven))
 
 
-def _check_each(
-    groups: Sequence[Group], bounds: NDArray[np.float64], limits: Sequence[Limit]
-) -> None:
+def _check_each(groups: Sequence[Group], bounds: Floats, limits: Sequence[Limit]) -> None:
     least = np.sum([group.usage.min(axis=1) for group in groups], axis=0)
     for row, (minimum, bound) in enumerate(zip(least, bounds, strict=True)):
         if minimum > bound * (1 + TOLERANCE):
@@ -148,7 +150,7 @@ def _loss(groups: Sequence[Group], picks: Picks) -> float:
     return float(sum(g.loss[k] for g, k in zip(groups, picks, strict=True)))
 
 
-def _within(groups: Sequence[Group], picks: Picks, bounds: NDArray[np.float64]) -> bool:
+def _within(groups: Sequence[Group], picks: Picks, bounds: Floats) -> bool:
     used = np.sum([g.usage[:, k] for g, k in zip(groups, picks, strict=True)], axis=0)
     return bool((used <= bounds * (1 + TOLERANCE)).all())
 
@@ -167,19 +169,67 @@ def _solution(
     )
 
 
+def _relaxed(groups: Sequence[Group], bounds: Floats) -> tuple[Picks, float, Floats]:
+    """As `Front.start` under several limits: a plan, a lower bound, and a price per limit.
+
+    The prices are the linear relaxation's (each choice a mixture), solved by HiGHS.  The bound is
+    the Lagrangian at them, which holds for any prices.  The plan has the least priced loss of each
+    choice; what a limit has no room for is cheapest instead, and what is left is spent on the best
+    steps that fit.  It may be over a limit.
+    """
+    loss = np.concatenate([g.loss for g in groups])
+    one_each, usage, size = _rows(groups, bounds)
+    scale = float(np.abs(loss).max()) or 1.0
+    with _silent_stdout():
+        found = linprog(  # type: ignore[call-overload]  # the stubs know no sparse matrix
+            loss / scale, usage, bounds / size, one_each, np.ones(len(groups)), method="highs"
+        )
+    if found.status != 0:
+        return np.empty(0, np.int64), -np.inf, np.zeros(len(bounds))
+    prices: Floats = np.maximum(-found.ineqlin.marginals, 0) * scale / size
+    priced = [g.loss + prices @ g.usage for g in groups]
+    bound = float(sum(p.min() for p in priced) - prices @ bounds)
+    picks = np.array([int(p.argmin()) for p in priced], np.int64)
+    parts = np.split(found.x, np.cumsum([len(g.candidates) for g in groups])[:-1])
+    if not _within(groups, picks, bounds):  # only the mixed choices can be taken too dear
+        for index, part in enumerate(parts):
+            if part.max() < 1 - 1e-6:
+                picks[index] = int((prices @ groups[index].usage).argmin())
+    left = bounds - np.sum([g.usage[:, k] for g, k in zip(groups, picks, strict=True)], axis=0)
+    steps = [
+        (float(p[k] - p[pick]), index, k)
+        for index, (p, g, pick) in enumerate(zip(priced, groups, picks, strict=True))
+        for k in np.flatnonzero(g.loss < g.loss[pick])
+    ]
+    for _, index, k in sorted(steps):
+        group = groups[index]
+        extra = group.usage[:, k] - group.usage[:, picks[index]]
+        if group.loss[k] < group.loss[picks[index]] and (extra <= left).all():
+            picks[index] = k
+            left -= extra
+    return picks, bound, prices
+
+
+def _rows(groups: Sequence[Group], bounds: Floats) -> tuple[csr_array, Floats, Floats]:
+    """One choice per group as a matrix, the usage over each limit's size, and those sizes.
+
+    HiGHS works with absolute tolerances: every row is brought to about 1.
+    """
+    sizes = [len(g.candidates) for g in groups]
+    columns = sum(sizes)
+    owner = np.repeat(np.arange(len(groups)), sizes)
+    one_each = csr_array((np.ones(columns), (owner, np.arange(columns))))
+    size = np.where(bounds != 0, np.abs(bounds), 1.0)
+    return one_each, np.concatenate([g.usage for g in groups], axis=1) / size[:, None], size
+
+
 def _reduced(
-    groups: Sequence[Group],
-    picks: Picks,
-    bound: float,
-    price: float,
-    budget_us: float,
-    gap: float,
+    groups: Sequence[Group], picks: Picks, bound: float, prices: Floats, gap: float
 ) -> tuple[list[Group], Picks, bool]:
     """Groups without the options that no plan better than `picks` can hold.
 
-    With the price of the hull at the budget, `bound` + (an option's priced loss - the least of its
-    group) bounds the loss of every plan that holds the option (Lagrangian; the limits can only
-    raise it).
+    With the prices that gave it, `bound` + (an option's priced loss - the least of its group)
+    bounds the loss of every plan that holds the option (Lagrangian).
 
     Returns:
         The groups, the picks in them, and whether the gap is reached already.
@@ -189,7 +239,7 @@ def _reduced(
         return list(groups), picks, True
     kept, places = [], []
     for group, pick in zip(groups, picks, strict=True):
-        priced = group.loss + price * group.usage[0]
+        priced = group.loss + prices @ group.usage
         stays = bound + (priced - priced.min()) <= best * (1 + TOLERANCE)
         stays[pick] = True
         kept.append(group.take(np.flatnonzero(stays)))
@@ -199,7 +249,7 @@ def _reduced(
 
 def _branch_and_bound(
     groups: Sequence[Group],
-    bounds: NDArray[np.float64],
+    bounds: Floats,
     scale: float,
     time_limit_s: float,
     gap: float,
@@ -207,11 +257,7 @@ def _branch_and_bound(
     """HiGHS.  Returns the picks (None: none found) and the proven bound (inf: infeasible)."""
     starts = np.cumsum([0, *(len(g.candidates) for g in groups)])
     columns = int(starts[-1])
-    owner = np.repeat(np.arange(len(groups)), np.diff(starts))
-    one_each = csr_array((np.ones(columns), (owner, np.arange(columns))))
-    # HiGHS works with absolute tolerances: every row and the objective are brought to about 1.
-    size = np.where(bounds != 0, np.abs(bounds), 1.0)
-    usage = np.concatenate([g.usage for g in groups], axis=1) / size[:, None]
+    one_each, usage, size = _rows(groups, bounds)
     loss = np.concatenate([g.loss for g in groups]) / scale
     slack, began = 0.0, time.monotonic()
     for _ in range(3):
