@@ -274,7 +274,7 @@ def _told(
     """An error told on stderr, as one line: those of a task's own code may have many."""
     message = " ".join(message.split())
     typer.echo(prefix + message, err=True)
-    value = {"error": message, "exit_code": code}
+    value = {"error": message, "exit_code": code, **getattr(error, "result", {})}
     run = getattr(error, "run", None)
     return code, value | ({"run": str(run)} if run else {})
 

@@ -5,13 +5,16 @@ The library raises them; only the command line turns them into exit codes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class BlastSearchError(Exception):
     """Base of all errors that a user can act on."""
 
 
 class UsageError(BlastSearchError):
-    """A wrong argument: unknown task, budget outside (0, 1], missing file (exit code 2)."""
+    """A wrong argument: unknown task, budget outside (0, 1], no such run folder (exit code 2)."""
 
 
 class MissingDependencyError(BlastSearchError):
@@ -19,11 +22,22 @@ class MissingDependencyError(BlastSearchError):
 
 
 class InfeasibleBudgetError(BlastSearchError):
-    """No plan meets the budgets (exit code 3); the message names the smallest reachable one."""
+    """No plan meets the budgets (exit code 3); the message names the smallest reachable one.
+
+    `nearest`: the plan that comes nearest, of who has it.  `result`: what was found all the same,
+    for the JSON object of the command line.
+    """
+
+    nearest: Any = None
+    result: Mapping[str, Any] = {}
 
 
 class IncompatibleInputError(BlastSearchError):
-    """A corrupt file, or a model, plan or table that does not fit (exit code 4)."""
+    """A missing or corrupt file, or a model, plan or table that does not fit (exit code 4).
+
+    Missing are a plan, a saved model or a file inside a run folder; of a search space, a
+    configuration or a run folder that is not there it is a UsageError.
+    """
 
 
 class RunLockedError(BlastSearchError):

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blast_search.document import number, pick, show
-from blast_search.errors import UsageError
+from blast_search.errors import InfeasibleBudgetError, UsageError
 from blast_search.figures import read_front
 from blast_search.files import make_folder, read_rows, write_bytes
 from blast_search.plan import CHOSEN, FrontPoint, Plan
@@ -33,7 +33,12 @@ def existing_run(run: Path) -> Path:
 def pareto(
     run: Path, at: float | None, out: Path | None, plot: Path | None, form: str
 ) -> dict[str, Any]:
-    """The front of a run; with `at`, a plan for another budget from the tables on file."""
+    """The front of a run; with `at`, a plan for another budget from the tables on file.
+
+    Raises:
+        UsageError, IncompatibleInputError: no run, a name that is none, a damaged file.
+        InfeasibleBudgetError: no plan is predicted to be within `at`; the fastest one is written.
+    """
     existing_run(run)
     for option, file in (("--out", out), ("--plot", plot)):
         if file and file.is_dir():
@@ -46,10 +51,8 @@ def pareto(
     rows = front_rows(run, base)
     result: dict[str, Any] = {}
     if at is not None:
-        plan = plan_at(run, at)
         path = out or run / "plans" / f"at-{at:g}.json"
-        make_folder(path.parent)
-        plan.save(path)
+        plan = _written(run, at, path)
         result |= {"plan": str(path), "budget": plan.budget, "predicted": plan.predicted}
         if form == "table":
             _print_plan(plan)
@@ -68,6 +71,21 @@ def pareto(
     elif form == "table" and at is None:
         _print_front(rows, base)
     return {"run_budget": base.budget} | result | {"front": [_numbers(row) for row in rows]}
+
+
+def _written(run: Path, at: float, path: Path) -> Plan:
+    """The plan for another budget, in a file; where there is none, the nearest one is in it."""
+    try:
+        plan, missed = plan_at(run, at), None
+    except InfeasibleBudgetError as error:
+        plan = error.nearest
+        missed = InfeasibleBudgetError(f"{error} The nearest plan is in {path}.")
+        missed.result = {"plan": str(path)}
+    make_folder(path.parent)
+    plan.save(path)
+    if missed:
+        raise missed
+    return plan
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, Any]:

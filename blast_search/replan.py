@@ -18,7 +18,7 @@ from blast_search.evaluate import size_ratios
 from blast_search.files import read_json, read_json_object, read_yaml_mapping
 from blast_search.latency import fingerprint
 from blast_search.latency_model import LatencyModel
-from blast_search.plan import LayerPlan, Plan
+from blast_search.plan import Choices, LayerPlan, Plan
 from blast_search.progress import SILENT
 from blast_search.runfolder import RunFolder
 from blast_search.space import Call, Candidate, LayerSpec, SearchSpace, kept_space
@@ -29,7 +29,7 @@ def plan_at(run: Path, ratio: float) -> Plan:
     """The exact plan of a run for another layer ratio; of a uniform space, the best uniform one.
 
     Raises:
-        InfeasibleBudgetError: no plan has so small a predicted ratio.
+        InfeasibleBudgetError: no plan has so small a predicted ratio; `nearest` is the fastest.
         IncompatibleInputError: a file of the run is missing or damaged.
     """
     base = Plan.load(run / "plan.json")
@@ -42,14 +42,21 @@ def plan_at(run: Path, ratio: float) -> Plan:
             f"or measure them again with --resume {run}."
         ) from None
     except InfeasibleBudgetError:
-        smallest, fastest = solver.least(engine.exact)
+        smallest, choices = _fastest(engine)
         reason = "the smallest ranks of the search space still take that much"
-        if all(c.is_dense for c in fastest.values()):
+        if all(c.is_dense for c in choices.values()):
             reason = "no candidate is faster than dense on this device"
-        raise InfeasibleBudgetError(
+        error = InfeasibleBudgetError(
             f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}: "
             f"{reason}."
-        ) from None
+        )
+        error.nearest = _plan(base, engine, ratio, choices)
+        raise error from None
+    return _plan(base, engine, ratio, choices)
+
+
+def _plan(base: Plan, engine: Engine, ratio: float, choices: Choices) -> Plan:
+    """Choices for a layer ratio as a plan of the run of `base`, with what is predicted of it."""
     reached, every = engine.latency.total(choices), list(engine.latency.workloads)
     macs, params = number(pick(base.model, "macs")), number(pick(base.model, "params"))
     sizes = size_ratios(engine.layers, choices, int(params or 0), macs or 0.0)
@@ -73,6 +80,14 @@ def plan_at(run: Path, ratio: float) -> Plan:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         weights_sha256="",
     )
+
+
+def _fastest(engine: Engine) -> tuple[float, Choices]:
+    """The smallest predicted ratio, and its plan: all dense where a uniform space has none."""
+    try:
+        return solver.least(engine.exact)
+    except InfeasibleBudgetError:
+        return 1.0, engine.dense
 
 
 def latency_ms(base: Plan, layer_ratio: float | None) -> float | None:

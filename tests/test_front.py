@@ -202,14 +202,26 @@ def test_files_go_into_new_folders_and_not_over_folders(spaces: Path, capsys):
         assert "new is a folder, expected a file" in capsys.readouterr().err
 
 
-def test_a_ratio_out_of_reach_is_told_with_the_reason(spaces: Path, capsys):
-    run = write_run(spaces / "a", "any.yaml")
-    assert call("pareto", str(run), "--at", "0.001") == 3
-    assert "smallest ranks of the search space still take" in capsys.readouterr().err
+@pytest.mark.parametrize("space", ["any.yaml", "uniform.yaml"])
+def test_the_nearest_plan_is_written_where_a_ratio_is_out_of_reach(
+    space: str, spaces: Path, capsys
+):
+    run = write_run(spaces / "a", space)
+    assert call("pareto", str(run), "--at", "0.001", "--json") == 3
+    told = json.loads(capsys.readouterr().out)
+    assert told["plan"] == str(run / "plans/at-0.001.json")
+    assert "smallest ranks of the search space still take" in told["error"]
+    assert told["error"].endswith(f"The nearest plan is in {told['plan']}.")
+    smallest = float(told["error"].partition("the smallest is ")[2].partition(":")[0])
+    ratio = Plan.load(told["plan"]).predicted["latency_ratio_layers"]
+    assert smallest - 2e-3 < ratio < smallest + 1e-3
     text = (run / "latency.csv").read_text().splitlines()
     (run / "latency.csv").write_text("\n".join(text[:2]) + "\n")  # only dense
-    assert call("pareto", str(run), "--at", "0.5") == 3
-    assert "no candidate is faster than dense on this device" in capsys.readouterr().err
+    assert call("pareto", str(run), "--at", "0.5", "--out", "new/p.json") == 3
+    message = capsys.readouterr().err
+    assert "no candidate is faster than dense on this device" in message
+    assert "in new/p.json" in message
+    assert blocks(Plan.load("new/p.json")) == {0}
 
 
 DAMAGE = {
