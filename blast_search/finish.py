@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from dataclasses import asdict, replace
@@ -178,7 +179,12 @@ class Finish:
         asked = self.settings.budget is not None and self.settings.time_limit is None
         if not asked or not best.name.startswith("uniform"):
             return None
-        return filled(self.engine, decision, best)
+        latency = self.engine.latency
+        correction = latency.correction
+        try:
+            return filled(self.engine, decision, best)
+        finally:  # whether it is kept or not: predictions on file are those of the decision
+            latency.correction = correction
 
     def best(self, contenders: dict[str, Contender], values: dict[str, float]) -> str:
         """The contender within the budget with the best metric; the searched plan wins ties.
@@ -201,10 +207,12 @@ class Finish:
         drop = worse_by(task, value, self.pipeline.dense_metric)
         if s.max_drop is None or drop <= s.max_drop:
             return None
+        step = 10.0 ** (math.floor(math.log10(drop)) - 2)
+        held = math.ceil(drop / step) * step  # rounded up: the drop that is named must do
         return InfeasibleBudgetError(
-            f"no plan meets both budgets: at budget {s.budget} (scope {s.budget_scope}) "
-            f"{task.metric[0]} falls by {drop:.4g}, more than --max-drop {s.max_drop:g}. "
-            "Allow more drop, a larger budget or more --retrain-steps, or leave --budget out: "
-            "--max-drop alone finds the fastest plan within it. The nearest plan is in "
-            f"{self.folder / 'plan.json'}."
+            f"no plan meets both budgets: at budget {s.budget:g} (scope {s.budget_scope}) "
+            f"{task.metric[0]} falls by {drop:.4g}, more than --max-drop {s.max_drop:g}; the "
+            f"smallest --max-drop that this budget held is {held:.3g}. --max-drop {s.max_drop:g} "
+            "without --budget finds the fastest plan within it; more --retrain-steps may help. "
+            f"The nearest plan is in {self.folder / 'plan.json'}."
         )

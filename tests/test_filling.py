@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,20 @@ def test_a_filled_plan_uses_the_budget_and_is_worse_in_no_layer(engine: Engine):
     assert sum(losses["after"]) < sum(losses["before"])
     assert engine.points[-1].name == larger.name
     assert engine.rounds == []  # counted, not predicted: nothing that could be off
+
+
+def test_predictions_on_file_stay_those_of_the_decision(monkeypatch):
+    """Whatever the loop that fills a plan corrects the latency table by."""
+
+    def fill(engine, *_):
+        engine.latency.correction = 3.0
+
+    monkeypatch.setattr("blast_search.finish.filled", fill)
+    done = object.__new__(Finish)
+    done.engine = SimpleNamespace(latency=SimpleNamespace(correction=1.2))  # type: ignore[assignment]
+    done.settings = SimpleNamespace(budget=0.5, time_limit=None)  # type: ignore[assignment]
+    assert done.filled(None, SimpleNamespace(name="uniform BLAST")) is None  # type: ignore[arg-type]
+    assert done.engine.latency.correction == 1.2
 
 
 def test_nothing_is_filled_where_little_is_left(engine: Engine):

@@ -319,6 +319,20 @@ def test_max_drop_that_cannot_be_kept_is_exit_three(tmp_path: Path, monkeypatch)
     assert bs.Plan.load(tmp_path / "r").measured["met_budget"] is False
 
 
+def test_a_missed_drop_names_the_one_that_was_held_and_the_way_to_a_budget():
+    from blast_search.finish import Finish
+
+    finish = object.__new__(Finish)
+    finish.folder, finish.settings = Path("r"), Settings(budget=0.3, max_drop=0.01)
+    finish.prepared = SimpleNamespace(task=SimpleNamespace(metric=("mrr", True)))  # type: ignore[assignment]
+    finish.pipeline = SimpleNamespace(dense_metric=0.5)  # type: ignore[assignment]
+    message = str(finish.drop_error(0.46789))
+    assert "mrr falls by 0.03211, more than --max-drop 0.01" in message
+    assert "the smallest --max-drop that this budget held is 0.0322." in message
+    assert "--max-drop 0.01 without --budget finds the fastest plan within it" in message
+    assert finish.drop_error(0.491) is None
+
+
 def test_a_budget_of_one_allows_the_dense_model(tmp_path: Path):
     """No plan agrees with the dense model more than it does itself."""
     options = OPTIONS | {"trials": 0}
