@@ -221,7 +221,16 @@ def diagonal_ladder(engine: Engine) -> Ladder:
 
 
 def _fractions(engine: Engine) -> list[float]:
-    return [percent / 100 for percent in range(round(100 * max(engine.space.keep)), 0, -1)]
+    """From the largest `keep` down to 0.01, in steps of 0.01; from 0.1 on in relative ones.
+
+    Steps of 0.01 are a fifth of a plan that keeps 0.05: it would leave that much of a budget.
+    """
+    top = max(engine.space.keep)
+    coarse = [percent / 100 for percent in range(round(100 * top), 10, -1)]
+    fine = [min(top, 0.1)]
+    while fine[-1] > 0.01:
+        fine.append(max(0.01, 0.99 * fine[-1]))
+    return coarse + fine
 
 
 def _ladder(plans: Sequence[Mapping[str, Candidate]]) -> Ladder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from blast_search.engine import Contender
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.model_latency import Timing
 from blast_search.progress import SILENT
-from blast_search.space import SearchSpace
+from blast_search.space import Call, LayerSpec, SearchSpace
 
 SPACE = SearchSpace(name="default", num_blocks=(1, 2), keep=(0.1, 0.3, 0.6))
 OPTIONS = {"space": SPACE, "workers": "local", "trials": 1, "retrain_steps": 2, "seeds": 2}
@@ -164,6 +165,22 @@ def test_climbing_finds_the_largest_plan_within_the_target(overhead, count):
     assert len(fake.timed) <= contenders.CLIMB_ROUNDS
 
 
+def test_small_plans_of_a_ladder_are_near_each_other():
+    layer = LayerSpec("a", 4096, 4096, True, (Call(1),))
+    space = SearchSpace(rank_multiple=1)
+    engine = SimpleNamespace(
+        layers=[layer], space=space,
+        uniform=lambda b, keep: {"a": space.uniform_choice(layer, b, keep)},
+    )  # fmt: skip
+    sizes = [layer.params(plan["a"]) for plan in contenders.uniform_ladder(engine, 2)]
+    assert sizes == sorted(sizes, reverse=True)
+    steps = [a / b for a, b in pairwise(sizes)]
+    assert max(steps) < 1.1
+    kept = [s / 4096**2 for s in sizes]
+    assert kept[0] == pytest.approx(0.82, abs=0.01)
+    assert kept[-1] == pytest.approx(0.01, abs=0.001)
+
+
 def timing(ratio: float) -> Timing:
     pair = (ratio, ratio)
     return Timing(1, 1, 1, 9, (1, 1), 1, 0.1, ratio, pair, ratio, pair)
@@ -251,5 +268,7 @@ def test_refusals(tmp_path: Path):
     with pytest.raises(UsageError, match="budget is 2"):
         compare(Shallow(), 2, out=tmp_path / "x")
     with pytest.raises(IncompatibleInputError, match="divides none"):
-        compare(Shallow(), 0.5, space=SearchSpace(num_blocks=(7,)), out=tmp_path / "x")
+        compare(
+            Shallow(), 0.5, space=SearchSpace(num_blocks=(7,), uniform=True), out=tmp_path / "x"
+        )
     assert not (tmp_path / "x").exists()
