@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
@@ -10,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.errors import FallbackWarning, IncompatibleInputError, UsageError
 from blast_search.files import read_yaml_mapping
 
 
@@ -166,18 +167,32 @@ class SearchSpace:
         return (DENSE, *sorted(found - {DENSE}))
 
     def check(self, layers: Sequence[LayerSpec]) -> None:
-        """Raise IncompatibleInputError if none of the block counts divides any of the layers."""
-        if not any(
+        """A FallbackWarning if none of the block counts divides any of the layers.
+
+        Raises:
+            IncompatibleInputError: so in a uniform space, in which low rank is no candidate then.
+        """
+        if any(
             layer.in_features % b == 0 and layer.out_features % b == 0
             for layer in layers
             for b in self.num_blocks
         ):
-            shapes = ", ".join(sorted({f"{m} x {n}" for m, n in (ly.shape for ly in layers)}))
+            return
+        shapes = ", ".join(sorted({f"{m} x {n}" for m, n in (ly.shape for ly in layers)}))
+        text = (
+            f"num_blocks {list(self.num_blocks)} of space '{self.name}' divides none of the "
+            f"{len(layers)} layers ({shapes})"
+        )
+        if self.uniform:
             raise IncompatibleInputError(
-                f"num_blocks {list(self.num_blocks)} of space '{self.name}' divides none of the "
-                f"{len(layers)} layers ({shapes}). Choose block counts that divide both sides; "
-                "1 (low rank) always does."
+                f"{text}. Choose block counts that divide both sides; 1 (low rank) always does."
             )
+        warnings.warn(
+            f"{text}: only low rank (b = 1) and dense are searched. Choose block counts that "
+            "divide both sides to have others.",
+            FallbackWarning,
+            stacklevel=2,
+        )
 
 
 def ties_of(layers: Iterable[LayerSpec]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blast_search.errors import IncompatibleInputError, RunLockedError, UsageError
+from blast_search.errors import FallbackWarning, IncompatibleInputError, RunLockedError, UsageError
 from blast_search.files import append_row, locked, read_json, read_rows, write_json
 from blast_search.plan import FrontPoint, LayerPlan, Plan, pareto
 from blast_search.replan import read_layers
@@ -61,6 +61,8 @@ def test_candidates_follow_the_rules():
 
 def test_impossible_block_counts():
     with pytest.raises(IncompatibleInputError, match=r"\[7\].*divides none of the 1 layers"):
+        SearchSpace(num_blocks=(7,), uniform=True).check([LAYER])
+    with pytest.warns(FallbackWarning, match=r"\[7\].*divides none.*only low rank \(b = 1\)"):
         SearchSpace(num_blocks=(7,)).check([LAYER])
     SearchSpace(num_blocks=(1, 7)).check([LAYER])
 
