@@ -36,13 +36,15 @@ def pareto(
     """The front of a run; with `at`, a plan for another budget from the tables on file.
 
     Raises:
-        UsageError, IncompatibleInputError: no run, a name that is none, a damaged file.
+        UsageError, IncompatibleInputError: no run, a file name that will not do, a damaged file.
         InfeasibleBudgetError: no plan is predicted to be within `at`; the fastest one is written.
     """
     existing_run(run)
     for option, file in (("--out", out), ("--plot", plot)):
         if file and file.is_dir():
             raise UsageError(f"{option} {file} is a folder, expected a file. Add a name to it.")
+    if plot and plot.suffix.lower() != ".png":
+        raise UsageError(f"--plot {plot} is to be a PNG, expected a name that ends in .png.")
     if at is not None and not 0 < at <= 1:
         raise UsageError(f"--at is {at:g}, expected a ratio above 0 and up to 1.")
     if not (run / "front.csv").is_file():

@@ -197,6 +197,8 @@ def test_files_go_into_new_folders_and_not_over_folders(spaces: Path, capsys):
     assert call("pareto", str(run), *out, "new/one/p.json", plot, "new/two/x.png") == 0
     assert Plan.load("new/one/p.json").budget["value"] == 0.3
     assert Path("new/two/x.png").read_bytes() == b"picture"
+    assert call("pareto", str(run), plot, "new/x.svg") == 2
+    assert "expected a name that ends in .png" in capsys.readouterr().err
     for options in ([*out, "new"], [plot, "new"]):
         assert call("pareto", str(run), *options) == 2
         assert "new is a folder, expected a file" in capsys.readouterr().err
