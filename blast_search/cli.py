@@ -101,7 +101,11 @@ def search(
     seed: SeedOption = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only a forecast of cost.")] = False,
     config: Annotated[
-        Path | None, typer.Option(help="YAML with these options; flags override it.")
+        Path | None,
+        typer.Option(
+            help="YAML with these options, but for json, quiet, verbose, dry-run and resume; "
+            "flags override it."
+        ),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -112,9 +116,8 @@ def search(
 
     options = {k: v for k, v in context.params.items() if k not in commands.NOT_SETTINGS}
     result = commands.search(
-        options, given(context), config, resume, dry_run, reporter(quiet, verbose),
-        quiet or as_json,
-    )  # fmt: skip
+        options, given(context), config, resume, dry_run, reporter(quiet, verbose), as_json
+    )
     return result if as_json else None
 
 
@@ -287,7 +290,7 @@ def _format_warning(
     line: str | None = None,
 ) -> str:
     """Our own warnings as one plain line; others with the place they come from."""
-    if issubclass(category, errors.SingularGramWarning):
+    if issubclass(category, errors.SingularGramWarning | errors.FallbackWarning):
         return f"warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 

@@ -36,6 +36,7 @@ from blast_search.workers import check_workers
 NOT_SETTINGS = (
     "workers", "ray_address", "out", "resume", "dry_run", "config", "as_json", "quiet", "verbose",
 )  # fmt: skip
+FLAGS = ("json", "quiet", "verbose", "dry_run", "resume")  # no keys of a --config file
 CHECK_PLANS = 30
 NOT_ARGUMENTS = ("resume", "as_json", "quiet", "verbose")
 
@@ -140,8 +141,12 @@ def _config(path: Path) -> dict[str, Any]:
     values = {key.replace("-", "_"): value for key, value in read_yaml_mapping(path).items()}
     known = SETTING_NAMES | {"workers", "ray_address", "out"}
     if unknown := sorted(set(values) - known):
+        apart = (
+            f" {', '.join(FLAGS)} stand on the command line only." if {*unknown} & {*FLAGS} else ""
+        )
         raise IncompatibleInputError(
-            f"{path}: unknown key {', '.join(unknown)}, expected {', '.join(sorted(known))}."
+            f"{path}: unknown key {', '.join(unknown)}, expected "
+            f"{', '.join(sorted(known))}.{apart}"
         )
     kinds = {"budget": float, "max_drop": float, "time_limit": float, "seed": int, "trials": int}
     for key, kind in kinds.items():

@@ -47,16 +47,21 @@ def forecast(values: Mapping[str, Any], report: Reporter, silent: bool) -> dict[
         "cells_without_sharing": naive,
         "cells_on_file": len(cells) - len(missing),
         "cells_in_cache": cached,
+        "cells_to_measure": len(missing) - cached,
         "probes": max(0, len(prepared.layers) - done.get("probes_on_file", 0)),
         "trials": max(0, settings.trials - done.get("trials_on_file", 0)),
         **done,
-        # Timing itself; calibration, probes, trials and retraining depend on the task's data.
         "predicted_profile_minutes": round(
             (len(missing) - cached) * (CELL_SECONDS + 0.15) / 60, 1
         ),
+        # What the rest takes depends on the task's model and data, which nobody has run yet.
+        "minutes_cover": "profiling alone; not calibration, probes, trials, timing and retraining "
+        "of whole models",
     }
     if not silent:
-        most = ("cells", "cells_without_sharing", "predicted_profile_minutes")
+        most = (
+            "cells", "cells_without_sharing", "cells_to_measure", "predicted_profile_minutes",
+        )  # fmt: skip
         for key, value in result.items():
             bound = "at most " if key in most and settings.profile == "pruned" else ""
             if key != "cells_are_at_most":

@@ -73,7 +73,7 @@ def profile(
     result = commands.profile(
         Settings(task=task, budget=1.0, space=space, workload=workload, device=device,
                  dtype=dtype, mode=mode, profile=profile, seed=seed),
-        workers, ray_address, out, check, dry_run, reporter(quiet, verbose), quiet or as_json,
+        workers, ray_address, out, check, dry_run, reporter(quiet, verbose), as_json,
     )  # fmt: skip
     return result if as_json else None
 
@@ -105,7 +105,5 @@ def compare(
     from blast_search import commands
 
     options = {k: v for k, v in context.params.items() if k not in commands.NOT_ARGUMENTS}
-    result = commands.compare(
-        options, given(context), resume, reporter(quiet, verbose), quiet or as_json
-    )
+    result = commands.compare(options, given(context), resume, reporter(quiet, verbose), as_json)
     return result if as_json else None

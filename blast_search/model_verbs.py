@@ -78,5 +78,5 @@ def verify(
     """Measure quality and latency against dense, interleaved in one process."""
     from blast_search import saved
 
-    result = saved.verify(folder, task, seconds, reporter(quiet, verbose), quiet or as_json)
+    result = saved.verify(folder, task, seconds, reporter(quiet, verbose), as_json)
     return result if as_json else None

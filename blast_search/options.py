@@ -41,7 +41,7 @@ AddressOption = Annotated[str | None, typer.Option(help="Address of a Ray cluste
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, else nothing.")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only results, no progress.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More detail; tracebacks.")]
 BudgetOption = Annotated[float | None, typer.Option(help="Share of dense latency left, 0.3.")]
 TrialsOption = Annotated[int, typer.Option(help="Optuna trials.")]

@@ -17,6 +17,7 @@ import pytest
 from command import call
 
 from blast_search import cli
+from blast_search.errors import FallbackWarning
 from blast_search.files import locked
 from blast_search.options import emit
 
@@ -76,7 +77,7 @@ def test_apply_retrain_verify(run: Path, capsys):
         "value": 0.8, "scope": "layers", "max_drop": None,
         "met": result["latency_ratio_layers"] <= 0.8,
     }  # fmt: skip
-    assert call("verify", str(run / "model"), "--seconds", "1") == 0
+    assert call("verify", str(run / "model"), "--seconds", "1", "-q") == 0
     assert "budget 0.8 (scope layers): m" in capsys.readouterr().out
 
 
@@ -93,13 +94,21 @@ def test_profile_dry_run_and_resume(tmp_path: Path, capsys):
     assert call(*base, "--dry-run", "--json") == 0
     forecast = json.loads(capsys.readouterr().out)
     assert forecast["cells"] < forecast["cells_without_sharing"]
+    assert forecast["cells_to_measure"] == forecast["cells"]
     assert call(*base, "--out", folder, "--json") == 0
     assert json.loads(capsys.readouterr().out)["cells"] == forecast["cells"]
     rows = Path(folder, "latency.csv").read_text()
     assert call(*base, "--out", folder) == 0
     assert Path(folder, "latency.csv").read_text() == rows
+    assert "latency.csv" in capsys.readouterr().out
     assert call(*base, "--out", folder, "--dry-run", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["cells_on_file"] == forecast["cells"]
+    again = json.loads(capsys.readouterr().out)
+    assert again["cells_on_file"] == forecast["cells"]
+    assert again["cells_to_measure"] == 0
+    assert call(*base, "--out", folder, "--dry-run") == 0  # TOY has -q: results are printed
+    shown = capsys.readouterr().out
+    assert "cells to measure             0" in shown
+    assert "profiling alone" in shown
 
 
 def test_a_dry_run_subtracts_what_a_resumed_run_skips(run: Path, capsys):
@@ -138,7 +147,22 @@ def test_config_file_and_overriding_flags(capsys):
     assert call("search", "--config", "c.yaml", "--budget", "0.5", "--dry-run") == 0
     Path("c.yaml").write_text("tusk: toy:task\n")
     assert call("search", "--config", "c.yaml") == 4
-    assert "unknown key tusk" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "unknown key tusk" in message
+    assert "on the command line only" not in message
+    Path("c.yaml").write_text("budget: 0.5\nquiet: true\n")
+    assert call("search", "--config", "c.yaml") == 4
+    assert "json, quiet, verbose, dry_run, resume stand on the command line only" in (
+        capsys.readouterr().err
+    )
+
+
+def test_block_counts_that_divide_no_layer_are_a_warning(capsys):
+    Path("seven.yaml").write_text("num_blocks: [7]\n")
+    with pytest.warns(FallbackWarning, match=r"\[7\].*divides none.*only low rank"):
+        assert call("--budget", "0.3", *TOY, "--space", "seven.yaml", "--dry-run") == 0
+    line = cli._format_warning("text", FallbackWarning, "file", 1)
+    assert line == "warning: text\n"
 
 
 def test_workload_option(capsys):
@@ -224,7 +248,7 @@ CASES = {
 def test_bad_input(case: str, tmp_path: Path, capsys, run: Path):
     Path("broken.yaml").write_text("num_blocks: [1, 2")
     Path("key.yaml").write_text("blocks: [1]")
-    Path("seven.yaml").write_text("num_blocks: [7]")
+    Path("seven.yaml").write_text("num_blocks: [7]\nuniform: true")
     Path("text.yaml").write_text("budget: 0.3\nretrain_steps: '20'")
     Path("fails.py").write_text("task = nowhere\n")
     Path("breaks.py").write_text("def task():\n    return {}['x']\n")
