@@ -15,12 +15,13 @@ from rich.table import Table
 from torch import nn
 
 from blast_search import pipeline
-from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
 from blast_search.files import is_run, locked, make_folder, read_yaml_mapping, write_json
 from blast_search.forecast import forecast
 from blast_search.latency import environment, interleave
 from blast_search.latency_model import LatencyModel
 from blast_search.noise import gpu_state, table_noise
+from blast_search.plan import Plan
 from blast_search.plan_check import check_text, cross_validated, measure_plans
 from blast_search.prepared import prepare
 from blast_search.profiling import Profiler
@@ -60,17 +61,28 @@ def search(
     if dry_run:
         check_workers(values["workers"], values["ray_address"])
         return forecast(values, report, silent)
-    with _naming_the_run(report):
-        run = pipeline.search(**values, resume=resume is not None, report=report)
+    try:
+        with _naming_the_run(report):
+            run = pipeline.search(**values, resume=resume is not None, report=report)
+    except InfeasibleBudgetError as error:
+        if report.run and (report.run / "plan.json").is_file():
+            error.nearest = Plan.load(report.run)
+            error.result = _result(report.run, error.nearest, silent)
+        raise
+    return _result(run.folder, run.plan, silent)
+
+
+def _result(folder: Path, plan: Plan, silent: bool) -> dict[str, Any]:
+    """What a finished search says: of its plan, or of the nearest one to a budget out of reach."""
     if not silent:
         from blast_search.report import result_table, verdict
 
-        console().print(result_table(run.plan))
-        notice = verdict(run.plan)
+        console().print(result_table(plan))
+        notice = verdict(plan)
         console().print(f"{notice.title} {notice.text}", markup=False)
-        console().print(run.plan.search["verdict"], markup=False)
-        console().print(f"{run.folder / 'report.html'}", markup=False)
-    return {"run": str(run.folder), "plan": run.plan.to_json()}
+        console().print(plan.search["verdict"], markup=False)
+        console().print(f"{folder / 'report.html'}", markup=False)
+    return {"run": str(folder), "plan": plan.to_json()}
 
 
 @contextmanager
@@ -131,8 +143,15 @@ def compare(
         console().print(result.table())
         for text in result.verdicts:
             console().print(f"The search against {text}", markup=False)
+        for text in result.without_plans:
+            console().print(text, markup=False)
         console().print(f"{result.folder / 'compare.md'}", markup=False)
-    return {"run": str(result.folder)} | result.to_json()
+    value = {"run": str(result.folder)} | result.to_json()
+    if result.missed:
+        error = InfeasibleBudgetError(result.missed)
+        error.result = value
+        raise error
+    return value
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -6,14 +6,15 @@ side by side in one process and retrained alike: same data, steps and seeds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from blast_search.comparison import Comparison, Row
-from blast_search.contenders import Entry, Extra, level, line_up
+from blast_search.comparison import SEARCH, Comparison, Row
+from blast_search.contenders import Entry, Extra, level, line_up, without_plans
 from blast_search.describe import peak_memory_mb, uniform_text
 from blast_search.engine import Contender
 from blast_search.errors import UsageError
@@ -74,7 +75,8 @@ def compare(
         out, resume, and the rest: as for `search`.
 
     Returns:
-        The table; compare.csv, compare.md and compare.json are in its folder.
+        The table; compare.csv, compare.md and compare.json are in its folder.  Its `missed` says
+        why no plan of the search meets the budget, where that is so.
 
     Raises:
         UsageError, IncompatibleInputError, RunLockedError: see blast_search.errors.
@@ -103,8 +105,11 @@ def _run(pipeline: Pipeline, extra: Extra | None) -> Comparison:
     entries: dict[str, Entry] = line_up(engine, decision)
     if extra:
         entries |= extra(engine, decision.target, spent)
+    absent = without_plans(engine, entries)
+    for kind, reason in absent.items():
+        pipeline.report.say(f"no plan of the kind {kind}: {reason}")
     contenders = level(engine, entries, decision.target)
-    return _judged(pipeline, finish, decision, contenders, spent)
+    return _judged(pipeline, finish, decision, contenders, spent, absent)
 
 
 def _judged(
@@ -113,6 +118,7 @@ def _judged(
     decision: Decision,
     contenders: Mapping[str, Contender],
     spent: int,
+    absent: Mapping[str, str],
 ) -> Comparison:
     """Metrics before and after retraining, and sizes, of contenders that were timed."""
     settings, p = pipeline.settings, pipeline.prepared
@@ -136,6 +142,9 @@ def _judged(
     facts: dict[str, Any] = {
         "task": settings.task,
         "budget": settings.budget,
+        "budget_scope": settings.budget_scope,
+        "missed": missed(pipeline.folder, settings.budget, decision, contenders[SEARCH]),
+        "without_plans": dict(absent),
         "retrain_steps": steps,
         "seeds": len(seeds),
         "search_seed": settings.seed,
@@ -148,6 +157,20 @@ def _judged(
         "peak_memory_mb": round(peak_memory_mb(p.device), 1),
     }
     return Comparison(pipeline.folder, p.task.metric[0], p.task.metric[1], facts, rows)
+
+
+def missed(run: Path, budget: float, decision: Decision, searched: Contender) -> str:
+    """Why no plan of the search meets the budget, as `search` would say it; "" if one does."""
+    if decision.met or searched.feasible:
+        return ""
+    reason = "the smallest ranks of the search space still take that much"
+    if searched.all_dense:
+        reason = "no candidate is faster than dense on this device: keep this model dense"
+    smallest = math.ceil(searched.ratio * 1000) / 1000  # the budget that is named must do
+    return (
+        f"no plan of the search meets budget {budget:g} (scope layers): the smallest reachable "
+        f"budget is about {smallest:.3f}; {reason}. The table is in {run / 'compare.md'}."
+    )
 
 
 def _today() -> str:

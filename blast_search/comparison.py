@@ -75,7 +75,7 @@ class Row:
 @dataclass(frozen=True)
 class Comparison:
     """The finished comparison.  `facts`: task, budget, steps, seeds, what the trials brought,
-    environment."""
+    kinds without plans, environment."""
 
     folder: Path
     metric: str
@@ -93,6 +93,17 @@ class Comparison:
             return []
         others = [row for row in self.rows if row.name not in (SEARCH, "dense")]
         return [self._verdict(found, row) for row in others] + self._kept(found)
+
+    @property
+    def missed(self) -> str:
+        """Why no plan of the search meets the budget ("": one does)."""
+        return str(self.facts.get("missed", ""))
+
+    @property
+    def without_plans(self) -> list[str]:
+        """The kinds of structures that are not in the table, in a sentence each."""
+        absent: dict[str, str] = self.facts.get("without_plans", {})
+        return [f"Not in the table: {kind}, {reason}." for kind, reason in absent.items()]
 
     def _kept(self, search: Row) -> list[str]:
         """What `blast-search search` itself would end with: the best of its pool, retrained."""
@@ -172,10 +183,10 @@ class Comparison:
         better = "Higher" if self.higher_is_better else "Lower"
         seeds, steps = self.facts["seeds"], self.facts["retrain_steps"]
         text = (
-            f"{better} is better for {self.metric}. Budget: the searched layers take at most "
-            f"{self.facts['budget']:g} of their dense latency; (over): no plan of that kind does. "
-            "Latency is measured side by side in one process, MACs and parameters are counted; "
-            "ratios are to dense."
+            f"{better} is better for {self.metric}. Budget (scope layers): the searched layers "
+            f"take at most {self.facts['budget']:g} of their dense latency; (over): no plan of "
+            "that kind does. Latency is measured side by side in one process, MACs and "
+            "parameters are counted; ratios are to dense."
         )
         if not steps:
             return f"{text} No retraining."
@@ -219,12 +230,12 @@ class Comparison:
             f"seed {self.facts['search_seed']}. 95% intervals of the layer latency ratios: "
             f"{intervals}."
         )
+        missed = self.missed[:1].upper() + self.missed[1:]
+        remarks = (missed, *self.without_plans, self.facts["trials"], circumstances)
         sections = [
             Section("", [Table(self.head, rows, strong=strong), Paragraph(self.caption)]),
             Section("The search against", [Paragraph(text) for text in self.verdicts]),
-            Section(
-                "", [Paragraph(text) for text in (self.facts["trials"], circumstances) if text]
-            ),
+            Section("", [Paragraph(text) for text in remarks if text]),
         ]
         return to_markdown(f"{self.facts['task']} at {self.facts['budget']:g}", sections)
 

@@ -47,7 +47,7 @@ Extra = Callable[[Engine, float, int], Mapping[str, Entry]]  # target, loss eval
 def line_up(engine: Engine, decision: Decision) -> dict[str, Entry]:
     """All kinds of plans within the decision's target; the fastest of its kind where none is.
 
-    A kind of which the model has no plan (no block count divides its layers) is left out.
+    A kind of which the model has no plan is left out; `without_plans` says why.
     """
     target = decision.target
     blocks = [b for b in engine.space.num_blocks if b > 1]
@@ -66,6 +66,21 @@ def line_up(engine: Engine, decision: Decision) -> dict[str, Entry]:
     winner, make = decision.winner, decision.make
     searched = solved(engine, winner, make, target) if make else Entry(winner)
     return entries | {"full search": searched}
+
+
+def without_plans(engine: Engine, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """The kinds of structures of which the model has no plan, with the reason."""
+    blocks = [b for b in engine.space.num_blocks if b > 1]
+    divides = "divides both sides of a layer and saves parameters"
+    counts = f"no block count of the search space ({', '.join(map(str, blocks))}) {divides}"
+    counts = counts if blocks else "the search space has no block count above 1"
+    reasons = {
+        "uniform low rank": "no rank saves parameters in any layer",
+        "block-diagonal": f"no block count of {', '.join(map(str, DIAGONAL_BLOCKS))} {divides}",
+        "Monarch": counts,
+        "uniform BLAST": counts,
+    }
+    return {kind: reason for kind, reason in reasons.items() if kind not in entries}
 
 
 def level(engine: Engine, entries: Mapping[str, Entry], target: float) -> dict[str, Contender]:

@@ -14,11 +14,11 @@ from command import call
 from toy import Shallow
 
 from blast_search import closed_loop, contenders, decision, trials
-from blast_search.compare import compare
+from blast_search.compare import compare, missed
 from blast_search.comparison import FIELDS, Comparison, Interval, Row
 from blast_search.contenders import climb
 from blast_search.engine import Contender
-from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.errors import FallbackWarning, IncompatibleInputError, UsageError
 from blast_search.model_latency import Timing
 from blast_search.progress import SILENT
 from blast_search.space import Call, LayerSpec, SearchSpace
@@ -102,6 +102,8 @@ def test_structures_out_of_reach_are_shown_over_the_budget(tmp_path: Path):
     result = compare(Shallow(), 0.001, out=tmp_path / "c", **OPTIONS | {"retrain_steps": 0})
     assert [row.name for row in result.rows] == KINDS
     assert not any(row.within for row in result.rows[1:])
+    assert result.missed.startswith("no plan of the search meets budget 0.001 (scope layers)")
+    assert result.missed[1:] in (tmp_path / "c" / "compare.md").read_text()
     text = (tmp_path / "c" / "compare.md").read_text()
     assert text.count("(over)") == 1 + len(KINDS[1:])
     assert all("no comparison at equal latency" in v for v in result.verdicts)
@@ -189,6 +191,41 @@ def timing(ratio: float) -> Timing:
 def comparison(higher: bool, search: Row, *others: Row) -> Comparison:
     facts = {"seeds": 3, "retrain_steps": 1, "budget": 0.5}
     return Comparison(Path(), "m", higher, facts, [*others, search])
+
+
+def test_kinds_without_a_plan_are_named_with_the_reason(tmp_path: Path):
+    """128 and 256 are no multiples of 7; low rank and two blocks on the diagonal there are."""
+    options = OPTIONS | {"retrain_steps": 0, "space": SearchSpace(num_blocks=(7,), keep=(0.3,))}
+    with pytest.warns(FallbackWarning, match="only low rank"):
+        result = compare(Shallow(), 0.9, out=tmp_path / "c", **options)
+    absent = {"Monarch", "uniform BLAST"}
+    assert [row.name for row in result.rows] == [kind for kind in KINDS if kind not in absent]
+    assert set(result.to_json()["without_plans"]) == absent
+    text = (tmp_path / "c" / "compare.md").read_text()
+    assert "Not in the table: Monarch, no block count of the search space (7) divides" in text
+    assert "Budget (scope layers)" in text
+
+
+def test_a_budget_that_the_search_misses_is_exit_three_after_the_table(monkeypatch, capsys):
+    searched = SimpleNamespace(feasible=False, all_dense=False, ratio=0.61234)
+    decided = SimpleNamespace(met=False)
+    text = missed(Path("c"), 0.5, decided, searched)
+    assert "meets budget 0.5 (scope layers): the smallest reachable budget is about 0.613" in text
+    assert text.endswith("The table is in c/compare.md.")
+    searched.all_dense = True
+    assert "keep this model dense" in missed(Path("c"), 0.5, decided, searched)
+    assert missed(Path("c"), 0.5, SimpleNamespace(met=True), searched) == ""
+    found = comparison(True, row("full search", (0.5,), 0.6))
+    found.facts["missed"] = text
+    monkeypatch.setattr("blast_search.compare.compare", lambda **_: found)
+    for form in ([], ["--json"]):
+        assert call("compare", "--budget", "0.5", "-q", *form) == 3
+        shown = capsys.readouterr()
+        assert shown.err.strip() == f"error: {text}"
+        assert "full search" in shown.out
+    told = json.loads(shown.out)
+    assert told["exit_code"] == 3
+    assert [r["name"] for r in told["rows"]] == ["full search"]
 
 
 def row(name: str, after: tuple[float, ...], ratio: float = 0.5, **choices: str) -> Row:

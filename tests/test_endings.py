@@ -14,6 +14,7 @@ from command import call
 
 from blast_search import cli, pipeline
 from blast_search.errors import InfeasibleBudgetError
+from blast_search.plan import LayerPlan, Plan
 
 SEARCH = ["search", "--budget", "0.5", "--task", "toy:task", "--workers", "local", "-q"]
 COMMAND = "import blast_search_command as c; c.main()"
@@ -72,6 +73,29 @@ def test_what_ends_a_run_names_its_folder(end: str, verb: str, monkeypatch, caps
     assert shown.err.count("run folder: r") == 1
     advice = f"continue with `blast-search {verb} --resume r`"
     assert (advice in told["error"]) == (code != 3)
+
+
+@pytest.mark.parametrize("form", [["--json"], ["-q"]])
+def test_the_nearest_plan_to_a_budget_out_of_reach_is_shown(form: list[str], monkeypatch, capsys):
+    def fail(self: pipeline.Pipeline) -> None:
+        measured = {"latency_ratio_layers": 0.7, "latency_ratio_model": 0.8, "met_budget": False}
+        layers = {"fc": LayerPlan("blast", 2, 8, 64, 64)}
+        budget = {"value": 0.5, "scope": "layers"}
+        plan = Plan({}, layers, budget=budget, measured=measured, search={"verdict": "As it is."})
+        plan.save(self.folder / "plan.json")
+        raise InfeasibleBudgetError("no plan meets budget 0.5")
+
+    monkeypatch.setattr(pipeline.Pipeline, "measured", fail)
+    assert call(*(word for word in SEARCH if word != "-q"), "--out", "r", *form) == 3
+    shown = capsys.readouterr().out
+    if form == ["--json"]:
+        told = json.loads(shown)
+        assert (told["run"], told["exit_code"]) == ("r", 3)
+        assert told["plan"]["measured"]["latency_ratio_layers"] == 0.7
+    else:
+        assert "searched plan" in shown
+        assert "0.700" in shown
+        assert "Budget missed." in shown
 
 
 def test_other_verbs_do_not_speak_of_a_run(monkeypatch, capsys):
