@@ -27,7 +27,7 @@ from blast_search.prepared import prepare
 from blast_search.profiling import Profiler
 from blast_search.progress import Reporter, console
 from blast_search.replan import read_layers
-from blast_search.runfolder import RunFolder, stored_settings
+from blast_search.runfolder import RunFolder, stored_settings, stored_workers
 from blast_search.settings import SETTING_NAMES, Settings
 from blast_search.space import LayerSpec, load_space
 from blast_search.tables import LatencyTable
@@ -57,7 +57,7 @@ def search(
     asked |= {k: v for k, v in given.items() if k in values}
     values |= asked
     if resume:
-        values |= _stored(resume, Settings, asked) | {"out": resume}
+        values |= _stored(resume, Settings, asked) | _place(resume, asked)
     if dry_run:
         check_workers(values["workers"], values["ray_address"])
         return forecast(values, report, silent)
@@ -121,6 +121,11 @@ def _stored(resume: Path, kind: type[Settings], asked: Mapping[str, Any]) -> dic
     return stored
 
 
+def _place(resume: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a run goes on, and with which workers: as it was started, unless asked otherwise."""
+    return {"out": resume, "workers": asked.get("workers") or stored_workers(resume)}
+
+
 def compare(
     options: Mapping[str, Any],
     given: Mapping[str, Any],
@@ -134,7 +139,8 @@ def compare(
     values = dict(options)
     if resume:
         stored = _stored(resume, comparing.CompareSettings, given)
-        values |= {k: v for k, v in stored.items() if k in values} | {"out": resume}
+        values |= {k: v for k, v in stored.items() if k in values}
+        values |= _place(resume, given)
     if values["budget"] is None:
         raise UsageError("no budget: give --budget, for instance 0.3.")
     with _naming_the_run(report):

@@ -94,6 +94,11 @@ def start_folder(out: Path, config: dict[str, Any], space: dict[str, Any]) -> No
     write_text(file, yaml.safe_dump(config, sort_keys=False))
 
 
+def stored_workers(folder: Path) -> str:
+    """The workers with which the run in a folder was started; of an older one nobody knows."""
+    return str(read_yaml_mapping(folder / "config.yaml").get("workers", "auto"))
+
+
 def stored_settings(folder: Path, kind: type[Kind]) -> Kind:
     """The settings with which the run in a folder was started.
 
@@ -107,6 +112,7 @@ def stored_settings(folder: Path, kind: type[Kind]) -> Kind:
         )
     file = folder / "config.yaml"
     values = read_yaml_mapping(file)
+    values.pop("workers", None)  # no setting: they may change from session to session
     if odd := set(values) ^ {f.name for f in fields(kind)}:
         step = "Restore it, or start a new run."
         if odd == {"seeds"}:

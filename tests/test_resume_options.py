@@ -59,6 +59,20 @@ def test_what_agrees_with_a_run_to_resume_is_taken(capsys):
     assert call(*RUN, *agreeing, "--dry-run") == 0
 
 
+def test_a_run_goes_on_with_the_workers_that_it_was_started_with(capsys):
+    address = ["--ray-address", "some:1"]  # refused beside workers that are not Ray's
+    stored(budget=0.5, workers="local")
+    stored_compare = asdict(CompareSettings(task="toy:task", budget=0.5)) | {"workers": "local"}
+    assert call(*RUN, "--dry-run", *address) == 2
+    assert "workers is 'local'" in capsys.readouterr().err
+    assert call(*RUN, "--dry-run", *address, "--workers", "ray") == 0
+    stored(budget=0.5)  # an older run: as it was
+    assert call(*RUN, "--dry-run", *address) == 0
+    Path("run/config.yaml").write_text(yaml.safe_dump(stored_compare))
+    assert call("compare", "--resume", "run", *address) == 2
+    assert "workers is 'local'" in capsys.readouterr().err
+
+
 def test_the_dry_run_of_a_resumed_run_takes_the_space_that_it_kept(capsys):
     stored(budget=0.5, space="mine.yaml")  # a file that is gone
     Path("run/space.yaml").write_text("num_blocks: [2]\nkeep: [0.5]\n")
