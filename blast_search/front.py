@@ -105,7 +105,7 @@ def front_rows(run: Path, base: Plan) -> list[dict[str, str]]:
     """
     read_front(run / "front.csv")  # refuses what is no number
     rows = read_rows(run / "front.csv", FrontPoint.FIELDS)
-    known = _measured(run, base, {row["name"] for row in rows})
+    known = _measured(run, base, {row["name"]: row for row in rows})
     every = bool(base.budget.get("every_workload"))  # ratios are then those of the worst one
     for row in rows:
         values = known.get(row["name"], {})
@@ -118,7 +118,9 @@ def front_rows(run: Path, base: Plan) -> list[dict[str, str]]:
     return rows
 
 
-def _measured(run: Path, base: Plan, names: set[str]) -> dict[str, Mapping[str, Any]]:
+def _measured(
+    run: Path, base: Plan, rows: Mapping[str, Mapping[str, str]]
+) -> dict[str, Mapping[str, Any]]:
     """What was measured of the plans of a front, by name."""
     known: dict[str, Mapping[str, Any]] = {"dense": dict.fromkeys(RATIOS.values(), 1.0)}
     for stem in ("searched", "uniform-low-rank", "uniform-blast"):
@@ -126,8 +128,25 @@ def _measured(run: Path, base: Plan, names: set[str]) -> dict[str, Mapping[str, 
         if path.is_file():
             plan = Plan.load(path)
             blocks = max((c.num_blocks for c in plan.choices.values()), default=0)
-            known["searched" if stem == "searched" else f"uniform b{blocks}"] = plan.measured
-    return known | {CHOSEN if CHOSEN in names else "searched": base.measured}
+            name = "searched" if stem == "searched" else f"uniform b{blocks}"
+            if name == "searched" or _same(rows.get(name), plan):
+                known[name] = plan.measured
+    return known | {CHOSEN if CHOSEN in rows else "searched": base.measured}
+
+
+def _same(row: Mapping[str, str] | None, plan: Plan) -> bool:
+    """Whether a point of the front is the plan of its name.
+
+    The last timing may have made that one smaller or larger since the point was evaluated, and
+    then the point has no measured ratio.
+    """
+    each = pick(plan.measured, "latency_ratio_layers_by_workload") or {}
+    worst = max((v for v in map(number, each.values()) if v is not None), default=None)
+    ratio = worst if plan.budget.get("every_workload") else None
+    ratio = number(pick(plan.measured, "latency_ratio_layers")) if ratio is None else ratio
+    if not row or not row[MEASURED] or ratio is None:
+        return False
+    return f"{float(row[MEASURED]):.5f}" == f"{ratio:.5f}"
 
 
 def _layer_ratio(row: Mapping[str, str]) -> float | None:

@@ -175,6 +175,23 @@ def test_the_front_says_its_scope_and_the_ratios_that_are_on_file(spaces: Path, 
     }
 
 
+def test_a_baseline_that_is_another_plan_by_now_lends_its_point_no_ratios(spaces: Path, capsys):
+    run = write_run(spaces / "a", "any.yaml")
+    path = run / "plans/uniform-low-rank.json"
+    replace(Plan.load(path), measured=measured(0.36)).save(path)
+    assert call("pareto", str(run), "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["front"]}
+    assert rows["uniform b1"]["params_ratio"] is None
+    assert rows["uniform b1"]["model_latency_ratio"] == pytest.approx((2 + 8 * 0.35) / 10)
+    each = {"latency_ratio_layers_by_workload": {"x": 0.2, "y": 0.35}}
+    kept = Plan.load(path)
+    budget = kept.budget | {"every_workload": ["x", "y"]}
+    replace(kept, measured=kept.measured | each, budget=budget).save(path)
+    assert call("pareto", str(run), "--json") == 0  # the point's ratio is that of the worst one
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["front"]}
+    assert rows["uniform b1"]["params_ratio"] == 0.7
+
+
 def numbers_of(value: Any) -> set[type]:
     return {type(v) for row in value for k, v in row.items() if k not in ("name", "budget_scope")}
 
