@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,16 @@ class Describer:
             "metric": metric,
         }  # fmt: skip
 
+    def points(self, decision: Decision) -> list[FrontPoint]:
+        """Every evaluated plan, with the sizes of its whole model."""
+        layers = self.pipeline.prepared.layers
+        others = list(decision.baselines.values())
+        points = []
+        for point in self.engine.settled_points(decision.winner, others):
+            macs, params = size_ratios(layers, point.choices, self.params, self.macs)
+            points.append(replace(point, macs_ratio=macs, params_ratio=params))
+        return points
+
     def by_workload(self, timing: Timing) -> dict[str, float | None]:
         """Null where no searched layer takes time."""
         names = [w.name for w in self.pipeline.prepared.workloads]
@@ -224,12 +234,12 @@ class Describer:
 
 
 def write_front(folder: Path, points: list[FrontPoint]) -> None:
-    """front.csv: every evaluated plan, and whether it is on the front."""
+    """front.csv: every evaluated plan, whether it is on the front, and its model's sizes."""
     front = {id(point) for point in pareto(points)}
     rows = [
         dict(
             zip(
-                FrontPoint.FIELDS,
+                (*FrontPoint.FIELDS, *FrontPoint.SIZES),
                 (
                     q.name,
                     "" if q.latency_measured else f"{q.latency_ratio:.5f}",
@@ -237,13 +247,15 @@ def write_front(folder: Path, points: list[FrontPoint]) -> None:
                     f"{q.predicted_loss:.6g}",
                     "" if q.loss is None else f"{q.loss:.6g}",
                     int(id(q) in front),
+                    "" if q.macs_ratio is None else f"{q.macs_ratio:.5f}",
+                    "" if q.params_ratio is None else f"{q.params_ratio:.5f}",
                 ),
                 strict=True,
             )
         )
         for q in points
     ]
-    write_rows(folder / "front.csv", FrontPoint.FIELDS, rows)
+    write_rows(folder / "front.csv", (*FrontPoint.FIELDS, *FrontPoint.SIZES), rows)
 
 
 def uniform_text(contender: Contender) -> str:

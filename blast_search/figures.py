@@ -39,9 +39,10 @@ def read_front(path: Path) -> list[FrontRow]:
         IncompatibleInputError: a damaged file.
     """
     rows = []
-    for line, row in enumerate(read_rows(path, FrontPoint.FIELDS), start=2):
+    columns = (*FrontPoint.FIELDS[1:5], *FrontPoint.SIZES)
+    for line, row in enumerate(read_rows(path, FrontPoint.FIELDS, FrontPoint.SIZES), start=2):
         try:
-            a, b, c, d = (finite(row[f]) if row[f] else None for f in FrontPoint.FIELDS[1:5])
+            a, b, c, d, *_ = (finite(row[f]) if row[f] else None for f in columns)
         except ValueError as error:
             raise IncompatibleInputError(
                 f"{path}, line {line}: {error}, expected a number. Make the file again with "

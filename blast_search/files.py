@@ -168,8 +168,13 @@ def append_row(path: Path, fields: Sequence[str], row: Mapping[str, Any]) -> Non
         os.fsync(stream.fileno())
 
 
-def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+def read_rows(
+    path: Path, fields: Sequence[str], later: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """The rows of a CSV file written by `append_row`; [] where there is no file.
+
+    Args:
+        later: columns at the end that an older file may lack; they are "" then.
 
     A torn last line (no newline) is an unfinished write and is dropped; any other damage is an
     IncompatibleInputError that names file and line.
@@ -181,7 +186,8 @@ def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     if not text:
         return []
     reader = csv.DictReader(io.StringIO(text))
-    if list(reader.fieldnames or []) != list(fields):
+    header = list(reader.fieldnames or [])
+    if header not in (list(fields), [*fields, *later]):
         raise IncompatibleInputError(
             f"{path}: header is {reader.fieldnames}, expected {list(fields)}. "
             "The file was edited or comes from another version: move it away and measure again."
@@ -190,10 +196,10 @@ def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
     for row in reader:
         if None in row or None in row.values():
             raise IncompatibleInputError(
-                f"{path}, line {reader.line_num}: {len(fields)} columns expected. "
+                f"{path}, line {reader.line_num}: {len(header)} columns expected. "
                 "Remove the damaged line; it will be measured again."
             )
-        rows.append(row)
+        rows.append(dict.fromkeys(later, "") | row)
     return rows
 
 

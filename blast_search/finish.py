@@ -102,7 +102,7 @@ class Finish:
         decision = self.decide()
         self.pipeline.took("search", since)
         winner = decision.winner
-        points = engine.settled_points(winner, list(decision.baselines.values()))
+        points = self.describer.points(decision)
         search_seconds = round(sum(self.pipeline.seconds.values()), 1)
         self.report.say(f"search finished after {search_seconds:.0f} s")
         if s.every_workload:
@@ -139,7 +139,7 @@ class Finish:
         if key != "searched":
             best = contenders[key].choices
             engine.note_point(CHOSEN, best, engine.true_loss(CHOSEN, best))
-            points = engine.settled_points(winner, list(decision.baselines.values()))
+            points = self.describer.points(decision)
         self.pipeline.took("retrain", since)
         error = self.drop_error(values[key])
         plan = self.describer.plan(decision, contenders[key], metrics, after, error is None)

@@ -21,7 +21,8 @@ from blast_search.replan import model_ratio, plan_at
 from blast_search.report import RATIOS, budget_text, unfinished, write_report
 
 _, PREDICTED, MEASURED, _, _, _ = FrontPoint.FIELDS
-ADDED = ("model_latency_ratio", "macs_ratio", "params_ratio", "budget_scope")
+COLUMNS = (*FrontPoint.FIELDS, *FrontPoint.SIZES, "model_latency_ratio", "budget_scope")
+SHOWN = ("model_latency_ratio", *FrontPoint.SIZES)
 
 
 def existing_run(run: Path) -> Path:
@@ -67,7 +68,7 @@ def pareto(
         make_folder(plot.parent)
         write_bytes(plot, (run / "front.png").read_bytes())
     if form == "csv":
-        writer = csv.DictWriter(sys.stdout, (*FrontPoint.FIELDS, *ADDED), lineterminator="\n")
+        writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     elif form == "table" and at is None:
@@ -100,11 +101,11 @@ def _numbers(row: Mapping[str, str]) -> dict[str, Any]:
 def front_rows(run: Path, base: Plan) -> list[dict[str, str]]:
     """front.csv, with what its plans are for the whole model, as far as that is on file.
 
-    The latency of the whole model is the measured one, else that of the layers' ratio; of most
-    plans nobody wrote down the multiply-adds and parameters ("").
+    The latency of the whole model is the measured one, else that of the layers' ratio; an older
+    file has no multiply-adds and parameters ("").
     """
     read_front(run / "front.csv")  # refuses what is no number
-    rows = read_rows(run / "front.csv", FrontPoint.FIELDS)
+    rows = read_rows(run / "front.csv", FrontPoint.FIELDS, FrontPoint.SIZES)
     known = _measured(run, base, {row["name"]: row for row in rows})
     every = bool(base.budget.get("every_workload"))  # ratios are then those of the worst one
     for row in rows:
@@ -112,9 +113,9 @@ def front_rows(run: Path, base: Plan) -> list[dict[str, str]]:
         ratio = number(values.get(RATIOS["model_latency_ratio"]))
         if ratio is None and not every:
             ratio = model_ratio(base, _layer_ratio(row))
-        sizes = (number(values.get(key)) for key in ("macs_ratio", "params_ratio"))
-        added = ("" if v is None else f"{v:.5f}" for v in (ratio, *sizes))
-        row |= dict(zip(ADDED, (*added, _scope(base)), strict=True))
+        row |= {"model_latency_ratio": _text(ratio), "budget_scope": _scope(base)}
+        for key in FrontPoint.SIZES:
+            row[key] = row[key] or _text(number(values.get(key)))
     return rows
 
 
@@ -154,6 +155,10 @@ def _layer_ratio(row: Mapping[str, str]) -> float | None:
     return float(text) if text else None
 
 
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"
+
+
 def _scope(plan: Plan) -> str:
     return str(pick(plan.budget, "scope") or "layers")
 
@@ -167,7 +172,7 @@ def _print_front(rows: list[dict[str, str]], base: Plan) -> None:
         view.add_row(
             Text(row["name"] + (" *" if row["on_front"] == "1" else "")),
             f"{_layer_ratio(row) or 0.0:.4f} {how}",
-            *(f"{float(row[key]):.3f}" if row[key] else "-" for key in ADDED[:3]),
+            *(f"{float(row[key]):.3f}" if row[key] else "-" for key in SHOWN),
             *(f"{float(row[key]):.4g}" if row[key] else "-"
               for key in ("predicted_loss_increase", "measured_loss")),
         )  # fmt: skip

@@ -156,11 +156,14 @@ class FrontPoint:
     predicted_loss: float
     loss: float
     choices: Choices
+    macs_ratio: float | None = None
+    params_ratio: float | None = None
 
     FIELDS = (
         "name", "predicted_layer_latency_ratio", "measured_layer_latency_ratio",
         "predicted_loss_increase", "measured_loss", "on_front",
     )  # fmt: skip
+    SIZES = ("macs_ratio", "params_ratio")  # after them; older files have none
 
 
 def pareto(points: list[FrontPoint]) -> list[FrontPoint]:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from command import call
 
+from blast_search.describe import write_front
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError
 from blast_search.files import sha256_json, write_json, write_rows
 from blast_search.latency import fingerprint
@@ -190,6 +191,21 @@ def test_a_baseline_that_is_another_plan_by_now_lends_its_point_no_ratios(spaces
     assert call("pareto", str(run), "--json") == 0  # the point's ratio is that of the worst one
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["front"]}
     assert rows["uniform b1"]["params_ratio"] == 0.7
+
+
+def test_every_point_of_a_new_front_has_its_sizes(spaces: Path, capsys):
+    run = write_run(spaces / "a", "any.yaml")
+    points = [FrontPoint("exact 0.60", 0.6, False, 0.2, 0.1, {}, 0.61, 0.71),
+              FrontPoint("searched", 0.4, True, 0.3, 0.2, {}, 0.6, 0.7)]  # fmt: skip
+    write_front(run, points)
+    assert call("pareto", str(run), "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["front"]}
+    assert (rows["exact 0.60"]["macs_ratio"], rows["exact 0.60"]["params_ratio"]) == (0.61, 0.71)
+    assert call("pareto", str(run), "--csv") == 0
+    (row, _) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert row["params_ratio"] == "0.71000"
+    (run / "front.csv").write_text((run / "front.csv").read_text().replace("0.71000", "much"))
+    assert call("pareto", str(run)) == 4
 
 
 def numbers_of(value: Any) -> set[type]:

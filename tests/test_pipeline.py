@@ -104,6 +104,8 @@ def test_the_saved_model_is_the_returned_one(run: bs.Run):
 
 def test_never_worse_than_the_uniform_plan_in_true_loss(run: bs.Run):
     front = {row["name"]: row for row in rows(run.folder / "front.csv")}
+    assert all(0 < float(row["macs_ratio"]) <= 1 for row in front.values())
+    assert front["dense"]["params_ratio"] == "1.00000"
     searched = float(front["searched"]["measured_loss"])
     uniform = [row for name, row in front.items() if name.startswith("uniform")]
     feasible = [u for u in uniform if float(u["measured_layer_latency_ratio"]) <= 0.8]
