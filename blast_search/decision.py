@@ -47,6 +47,7 @@ def decide(
     """
     kinds = uniform_kinds(engine, target)
     first = first_plans(engine, target, kinds)
+    correction = engine.latency.correction
     uniforms = uniform_contenders(engine, target, kinds, first)
     baselines = {key: contender for key, (contender, _) in uniforms.items()}
     exact = first["exact"]
@@ -92,6 +93,7 @@ def decide(
         timed(contender, make, weights if name == "searched" else {})
     if not any(d.met for d in decisions) and exact.name != FASTEST:
         timed(*_fastest(engine, None, target), {})
+    engine.latency.correction = correction  # for what is predicted from here on, also by pareto
     best = min(decisions, key=lambda d: (not d.met, _loss(engine, d.winner), d.winner.ratio))
     if trained and best.winner.choices == pool[order[0]][0].choices:
         return best  # what retraining said counts for more than the true loss before it

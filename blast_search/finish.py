@@ -207,8 +207,10 @@ class Finish:
         drop = worse_by(task, value, self.pipeline.dense_metric)
         if s.max_drop is None or drop <= s.max_drop:
             return None
-        step = 10.0 ** (math.floor(math.log10(drop)) - 2)
-        held = math.ceil(drop / step) * step  # rounded up: the drop that is named must do
+        held = drop
+        if math.isfinite(drop):  # rounded up: the drop that is named must do
+            step = 10.0 ** (math.floor(math.log10(drop)) - 2)
+            held = math.ceil(drop / step) * step
         return InfeasibleBudgetError(
             f"no plan meets both budgets: at budget {s.budget:g} (scope {s.budget_scope}) "
             f"{task.metric[0]} falls by {drop:.4g}, more than --max-drop {s.max_drop:g}; the "

@@ -153,7 +153,7 @@ def opened(
         prepared = prepare(loaded, settings, chosen)
         read_calibration(prepared, settings.seed)
         kept = replace(settings, storage=without_password(settings.storage))
-        start_folder(folder, asdict(kept), space_values(chosen))
+        start_folder(folder, asdict(kept) | {"workers": workers}, space_values(chosen))
     with locked(folder):
         report.opened(folder)
         if resume:

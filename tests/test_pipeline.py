@@ -36,7 +36,7 @@ from blast_search.front import plan_at
 from blast_search.plan import LayerPlan
 from blast_search.progress import SILENT
 from blast_search.replan import space_of
-from blast_search.runfolder import RunFolder
+from blast_search.runfolder import RunFolder, stored_workers
 from blast_search.settings import Settings
 from blast_search.space import Candidate, SearchSpace, load_space
 
@@ -75,6 +75,7 @@ def test_every_artefact_is_there(run: bs.Run):
     }  # fmt: skip
     assert {p.name for p in (run.folder / "model").iterdir()} == {"model.safetensors", "plan.json"}
     assert not list(run.folder.rglob("*.pkl")) + list(run.folder.rglob("*.pt"))
+    assert stored_workers(run.folder) == "local"  # a resumed run has them, too
 
 
 def test_plan_follows_the_contract(run: bs.Run):
@@ -590,7 +591,6 @@ class Diverging(ToyTask):
 @pytest.mark.parametrize("limit", [None, 60.0])
 def test_training_that_diverges_does_not_end_the_search(tmp_path: Path, limit: float | None):
     from blast_search.models import BROKEN, Models
-    from blast_search.runfolder import RunFolder
 
     task = Diverging()
     models = object.__new__(Models)
