@@ -5,7 +5,8 @@ A batch is a tensor, called as model(x); a tuple, model(*x); or a dict, model(**
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -39,14 +40,26 @@ def _place(model: nn.Module) -> tuple[torch.device, torch.dtype | None]:
 
 
 def to_device(batch: Any, model: nn.Module) -> Any:
-    """The batch on the device of the model's parameters; floating inputs in their dtype."""
+    """The batch on the device of the model's parameters; floating inputs in their dtype.
+
+    Containers of other kinds than dict, tuple and list keep their kind and their attributes (an
+    output of Hugging Face's that is an input again); where nothing moves they are passed as they
+    are.
+    """
     device, dtype = _place(model)
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, dtype if value.is_floating_point() else None)
         if isinstance(value, Mapping):
-            return {key: move(item) for key, item in value.items()}
+            moved = {key: move(item) for key, item in value.items()}
+            if type(value) is dict or not isinstance(value, MutableMapping):
+                return moved
+            changed = {key: item for key, item in moved.items() if item is not value[key]}
+            twin = copy.copy(value) if changed else value
+            for key, item in changed.items():
+                twin[key] = item
+            return twin
         if isinstance(value, tuple | list):
             items = [move(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict, UserDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,6 +117,37 @@ def test_outputs_come_back_in_their_dtype_whatever_the_first_parameter_is():
             y = model(x)
         assert y.dtype is torch.float32
         torch.testing.assert_close(y, model.fc(x.to(dtype)).float())
+
+
+def test_a_task_may_call_the_model_with_containers_of_other_kinds():
+    """Hugging Face's `generate` hands a decoder the encoder's output, of which [0] is read."""
+
+    class Found(OrderedDict):
+        def __getitem__(self, key):
+            return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4, dtype=torch.float64)
+
+        def forward(self, encoder_outputs, batch):
+            assert batch.encodings == "kept"
+            return self.fc(encoder_outputs[0])
+
+    model, batch = Decoder(), UserDict(ids=torch.arange(3))
+    batch.encodings = "kept"
+    for dtype in (torch.float32, torch.float64):
+        given = Found(hidden=torch.ones(2, 4, dtype=dtype))
+        with anywhere(model):
+            model(encoder_outputs=given, batch=batch)
+        assert given["hidden"].dtype is dtype
+    assert to_device(batch, model) is batch
+    with_floats = UserDict(x=torch.ones(2))
+    with_floats.encodings = "kept"
+    moved = to_device(with_floats, model)
+    assert (moved["x"].dtype, moved.encodings) == (torch.float64, "kept")
+    assert with_floats["x"].dtype is torch.float32
 
 
 @dataclass
