@@ -251,6 +251,12 @@ def test_an_object_is_checked_as_what_a_function_returns() -> None:
         check_task("some", partial)
     whole = SimpleNamespace(**vars(partial), loss=int)
     assert check_task("some", whole) is whole
+    whole.metric = ["m", False]  # as read from a file
+    assert check_task("some", whole) is whole
+    for metric in (("perplexity", "min"), ("m", 0), ("m",), "ab", (True, "m"), None):
+        whole.metric = metric
+        with pytest.raises(UsageError, match=r"without: metric \(a pair such as"):
+            check_task("some", whole)
 
 
 def test_a_plus_in_the_name_of_a_file_is_a_plus(monkeypatch: pytest.MonkeyPatch) -> None:

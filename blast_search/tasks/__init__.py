@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
@@ -175,8 +176,8 @@ def check_task(spec: str, task: object) -> Task:
     metric = getattr(task, "metric", None)
     if not isinstance(getattr(task, "name", None), str):
         missing.insert(0, "name (a string)")
-    if not (isinstance(metric, tuple) and len(metric) == 2):
-        missing.insert(0, 'metric (a pair such as ("accuracy", True))')
+    if not _is_metric(metric):
+        missing.insert(0, f'metric (a pair such as ("accuracy", True), got {metric!r})')
     if missing or isinstance(task, type):
         what = "the class itself" if isinstance(task, type) else type(task).__name__
         raise UsageError(
@@ -184,3 +185,10 @@ def check_task(spec: str, task: object) -> Task:
             "Expected an object with name, metric and the methods of blast_search.Task."
         )
     return task  # type: ignore[return-value]
+
+
+def _is_metric(metric: object) -> bool:
+    """Whether it is a name and a bool; "min" in the place of False would count as True."""
+    if not isinstance(metric, Sequence) or isinstance(metric, str) or len(metric) != 2:
+        return False
+    return isinstance(metric[0], str) and isinstance(metric[1], bool)
