@@ -21,9 +21,18 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.factorize import SWEEPS
 from blast_search.files import make_folder, sha256_file, sha256_json, write_bytes
 from blast_search.fitting import Fitter
-from blast_search.layers import dense_weight, is_linear, set_modules, state_of, unlike_linear
+from blast_search.layers import dense_weight, is_linear, set_modules
 from blast_search.matrix import BlastLinear
 from blast_search.plan import Plan
+from blast_search.refusals import (
+    hooked,
+    is_finite,
+    refuse_wrapped,
+    state_of,
+    tied,
+    unlike_linear,
+    weight_owners,
+)
 from blast_search.space import Call, LayerSpec
 
 WEIGHTS = "model.safetensors"
@@ -43,8 +52,11 @@ def plan_layers(model: nn.Module, plan: Plan, finite: bool = True) -> list[Layer
 
     Raises:
         IncompatibleInputError: a layer is missing, has another shape, is no linear layer, was
-            replaced already, or is not finite.
+            replaced already, is not finite, or has hooks or a weight of another module, which it
+            would lose; or the model is compiled or scripted.
     """
+    refuse_wrapped(model)
+    owners = weight_owners(model)
     paths: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(name)
@@ -73,7 +85,12 @@ def plan_layers(model: nn.Module, plan: Plan, finite: bool = True) -> list[Layer
                 f"layer {name} is {weight.shape[0]} x {weight.shape[1]}, the plan expects "
                 f"{item.out_features} x {item.in_features}: it was made for another model."
             )
-        if finite and not bool(weight.isfinite().all()):
+        if why := tied(paths[module][0], module, owners) or hooked(module):
+            raise IncompatibleInputError(
+                f"layer {name}: {why}, which would be lost with the layer. Remove that from the "
+                "model, or the layer from the plan."
+            )
+        if finite and not is_finite(weight):
             raise IncompatibleInputError(f"layer {name}: its weight holds NaN or infinity.")
         m, n = weight.shape
         aliases = tuple(path for path in paths[module] if path != name)
@@ -154,7 +171,7 @@ def save(model: nn.Module, folder: str | Path, plan: Plan | None = None) -> Path
     # Buffers may well hold infinities: a causal mask does.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in state_of(model).items():
-        if name in parameters and not bool(value.isfinite().all()):
+        if name in parameters and not is_finite(value):
             raise IncompatibleInputError(f"{name} holds NaN or infinity; it is not saved.")
         # A transposed twin has the same memory and, where it is square, the same shape.
         place = value.untyped_storage().data_ptr(), value.storage_offset(), value.dtype
@@ -212,7 +229,7 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Modul
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in tensors.items():
-        if name in parameters and not bool(value.isfinite().all()):
+        if name in parameters and not is_finite(value):
             raise IncompatibleInputError(f"{folder / WEIGHTS}: {name} holds NaN or infinity.")
     built = {p.dtype for p in parameters.values() if p.is_floating_point()}
     kept = {tensors[name].dtype for name in parameters if tensors[name].is_floating_point()}

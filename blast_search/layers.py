@@ -10,11 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import is_lazy
 
 from blast_search.batches import FORMS, Batch, tried
 from blast_search.errors import IncompatibleInputError
 from blast_search.outputs import output_tensors
+from blast_search.refusals import (
+    check_model,
+    hooked,
+    is_conv1d,
+    tied,
+    unlike_linear,
+    weight_owners,
+)
 from blast_search.space import Call, LayerSpec, SearchSpace
 
 
@@ -27,36 +34,9 @@ class Workload:
     weight: float = 1.0
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's Conv1D (GPT-2): a linear layer whose weight is stored (n, m)."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
-
-
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear (also a subclass that keeps its forward), or Hugging Face's Conv1D."""
     return (isinstance(module, nn.Linear) or is_conv1d(module)) and not unlike_linear(module)
-
-
-def unlike_linear(module: nn.Module) -> str:
-    """Why a kind of linear layer may not be replaced: it is not (or not yet) what nn.Linear is.
-
-    "" for one that may be, and for modules of other kinds.
-    """
-    if not isinstance(module, nn.Linear) and not is_conv1d(module):
-        return ""
-    if hasattr(module, "parametrizations"):
-        return "its weight is parametrized"
-    if "forward" in vars(module):  # accelerate's hooks are put there
-        return "its forward was replaced on the module itself"
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        return f"{type(module).__name__} has a forward of its own"
-    weight: Any = module.weight
-    if is_lazy(weight):
-        return "not initialised yet: run one batch through the model first"
-    if not weight.is_floating_point():
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not floating-point"
-    return ""
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -65,22 +45,6 @@ def dense_weight(module: nn.Module) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{type(module).__name__} has no weight tensor.")
     return weight.detach().T if is_conv1d(module) else weight.detach()
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state_dict, all of which a saved model holds.
-
-    Raises:
-        IncompatibleInputError: some of it is no tensor (a module's get_extra_state).
-    """
-    state: dict[str, Any] = model.state_dict()
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise IncompatibleInputError(
-                f"{name} is a {type(value).__name__}, and models are saved as tensors only. Have "
-                "get_extra_state return a tensor, or keep it out of the model."
-            )
-    return state
 
 
 def find_layers(
@@ -102,18 +66,14 @@ def inventory(
     """`find_layers`, and for every other linear layer the reason why it stays dense.
 
     Raises:
-        IncompatibleInputError: the model cannot be called with a workload, a weight is not
-            finite, or the model could not be saved.
+        IncompatibleInputError: the model cannot be called with a workload, a parameter is not
+            finite, it is compiled or scripted, or could not be saved.
     """
-    state_of(model)  # what could not be saved is refused before a search, not after it
+    check_model(model)  # what could not be saved is refused before a search, not after it
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
-    owners: dict[int, list[str]] = defaultdict(list)
-    for module, paths in names.items():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(paths[0])
-
+    owners = weight_owners(model)
     linears = {module: paths for module, paths in names.items() if is_linear(module)}
     unlike = {module: why for module in names if (why := unlike_linear(module))}
     calls, heads = _trace(model, list(linears), workloads)
@@ -125,32 +85,24 @@ def inventory(
             skipped[name] = unlike[module]
         if module not in linears:
             continue
-        weight = dense_weight(module)
-        if not weight.is_meta and not bool(weight.isfinite().all()):
-            raise IncompatibleInputError(
-                f"layer {name}: its weight holds NaN or infinity. Repair the checkpoint first."
-            )
-        tied = [o for o in owners[id(module.weight)] if o != name]
         if not name:
             reason = "is the whole model"
         elif not space.selects(name):
             reason = "left out by include/exclude"
-        elif tied:
-            reason = f"weight tied to {', '.join(tied)}"
+        elif why := tied(name, module, owners):
+            reason = why
         elif module in attention:
             reason = "inside nn.MultiheadAttention"
         elif module in heads and not space.output_head:
             reason = "output head"
         elif workloads and not calls[module]:
             reason = "not called as a module by the workload"
-        elif module._forward_hooks or module._forward_pre_hooks:
-            reason = "has forward hooks"
         else:
-            reason = ""
+            reason = hooked(module)
         if reason:
             skipped[name] = reason
             continue
-        m, n = weight.shape
+        m, n = dense_weight(module).shape
         layers.append(
             LayerSpec(
                 name, n, m, module.bias is not None,

@@ -326,3 +326,73 @@ def test_projections_of_multihead_attention_are_left_alone():
         layers, skipped = inventory(layer, workloads, SearchSpace())
         assert [ly.name for ly in layers] == ["linear1", "linear2"]
         assert skipped == {"self_attn.out_proj": "inside nn.MultiheadAttention"}
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.head(self.b(self.norm(self.a(x))))
+
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(lambda *_: None),
+    "backward": lambda m: m.register_full_backward_hook(lambda *_: None),
+    "state_dict": lambda m: m.register_state_dict_post_hook(lambda *_: None),
+    "load_state_dict": lambda m: m.register_load_state_dict_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_layers_with_hooks_of_any_kind_stay(kind: str):
+    """What takes their place would not have the hooks."""
+    model, x = Chain().eval(), torch.randn(3, 32)
+    HOOKS[kind](model.a)
+    layers, skipped = found(model, x)
+    assert [layer.name for layer in layers] == ["b"]
+    assert skipped["a"] == f"has {kind} hooks"
+    plan = Plan(model={}, layers={"a": LayerPlan("blast", 2, 4, 32, 32)})
+    with pytest.raises(IncompatibleInputError, match=f"layer a: has {kind} hooks"):
+        apply(model, plan)
+
+
+def test_plans_untie_no_weights():
+    model = Chain()
+    model.b.weight = model.a.weight
+    plan = Plan(model={}, layers={"a": LayerPlan("blast", 2, 4, 32, 32)})
+    with pytest.raises(IncompatibleInputError, match="layer a: weight tied to b"):
+        apply(model, plan)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_compiled_and_scripted_models_are_refused_by_name():
+    model, plan = Chain().eval(), Plan(model={}, layers={})
+    for wrapped, name in (
+        (torch.compile(model), r"torch\.compile"),
+        (torch.jit.trace(model, torch.randn(3, 32)), "ScriptModule"),
+    ):
+        with pytest.raises(IncompatibleInputError, match=name):
+            find_layers(wrapped)
+        with pytest.raises(IncompatibleInputError, match=name):
+            apply(wrapped, plan)
+
+
+def test_parameters_of_any_module_must_be_finite():
+    """A saved model's must be, which was seen only after the retraining."""
+    model = Chain().eval()
+    with torch.no_grad():
+        model.norm.bias[3] = float("inf")
+    with pytest.raises(IncompatibleInputError, match="layer norm: its bias holds NaN or infinity"):
+        find_layers(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_quantised_modules_are_named():
+    """Their state is no tensor, of which the advice was about get_extra_state."""
+    model = Chain().eval()
+    model.a = torch.ao.nn.quantized.dynamic.Linear(32, 32)
+    with pytest.raises(IncompatibleInputError, match="a is a quantised Linear"):
+        find_layers(model)
