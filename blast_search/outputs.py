@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blast_search.batches import Batch, call_model, to_device
-from blast_search.errors import IncompatibleInputError
+from blast_search.errors import IncompatibleInputError, in_one_line
 from blast_search.fused import unfused
 
 LOGITS = "logits"
@@ -118,15 +118,21 @@ def divergence(output: Any, reference: Any, batch: Batch) -> Tensor:
     return torch.stack(parts).sum()
 
 
+def _real(output: Tensor, name: str, batch: Batch) -> Tensor:
+    """What is judged of an output, without padding; the classes of images last."""
+    if name == LOGITS and output.dim() == 4:
+        output = output.movedim(1, -1)
+    by_token = output.dim() > 2 or name in SPANS
+    mask = token_mask(batch, tuple(output.shape)) if by_token else None
+    return output if mask is None else output[mask.to(output.device)]
+
+
 def _divergence(found: Tensor, wanted: Tensor, name: str, batch: Batch) -> Tensor:
     found, wanted, logits = found.float(), wanted.to(found.device).float(), name == LOGITS
-    if logits and wanted.dim() == 4:
-        found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
-    by_token = wanted.dim() > 2 or name in SPANS
-    mask = token_mask(batch, tuple(wanted.shape)) if by_token else None
-    if mask is not None:
-        found, wanted = found[mask], wanted[mask]
+    found, wanted = _real(found, name, batch), _real(wanted, name, batch)
     width = wanted.shape[-1] if wanted.dim() else 1
+    if not wanted.numel():  # one of several outputs may be empty, and is 0 apart
+        return found.sum()
     if logits and width > 1:
         found, wanted = (t.reshape(-1, width).log_softmax(-1) for t in (found, wanted))
         return F.kl_div(found, wanted, log_target=True, reduction="batchmean")
@@ -143,12 +149,27 @@ def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[dict[str, 
     language models are large.
 
     Raises:
-        IncompatibleInputError: an output is not finite.
+        IncompatibleInputError: the model cannot be called with a batch, or its output is not
+            finite, or nothing in it can be judged (an empty batch, or one of padding alone).
     """
     outputs, room = [], _room(next(model.parameters()).device)
     for index, batch in enumerate(batches):
-        with unfused():
-            tensors = output_tensors(call_model(model, to_device(batch, model)))
+        try:
+            with unfused():
+                tensors = output_tensors(call_model(model, to_device(batch, model)))
+        except IncompatibleInputError as error:
+            raise IncompatibleInputError(f"calibration batch {index}: {error}") from error
+        except Exception as error:
+            raise IncompatibleInputError(
+                f"the model cannot be called with calibration batch {index}: "
+                f"{in_one_line(error)}. Expected batches as the first one: check the task's "
+                "calibration()."
+            ) from error
+        if not any(_real(value, name, batch).numel() for name, value in tensors.items()):
+            raise IncompatibleInputError(
+                f"calibration batch {index} is empty, or all of it is padding (attention_mask): "
+                "nothing of the model's output on it can be judged. Leave it out of calibration()."
+            )
         for name, value in tensors.items():
             if not bool(value.isfinite().all()):
                 raise IncompatibleInputError(

@@ -19,7 +19,7 @@ from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import evaluate
 from blast_search.layers import Workload, find_layers, inventory
 from blast_search.model_latency import time_variants
-from blast_search.outputs import divergence, output_tensors, token_mask
+from blast_search.outputs import divergence, output_tensors, reference_outputs, token_mask
 from blast_search.retrain import retrain
 from blast_search.space import SearchSpace
 
@@ -256,3 +256,33 @@ def test_the_output_head_is_found_beside_a_loss():
             return {"loss": y.mean(), "pred": y}
 
     assert found(Losing(), torch.randn(3, 8))[1] == {"b": "output head"}
+
+
+def test_batches_of_which_nothing_can_be_judged_are_refused():
+    """Their divergence is 0 / 0, and every plan looked broken."""
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x, attention_mask):
+            return Output(self.fc(x))
+
+    def batch(rows: int, real: int) -> dict[str, torch.Tensor]:
+        mask = (torch.arange(5) < real).long().expand(rows, -1)
+        return {"x": torch.randn(rows, 5, 4), "attention_mask": mask}
+
+    model, good = Tagger(), batch(2, 3)
+    for bad in (batch(0, 3), batch(2, 0)):
+        with pytest.raises(IncompatibleInputError, match="calibration batch 1 is empty, or all"):
+            reference_outputs(model, [good, bad])
+    a, b, none = torch.randn(4, 5), torch.randn(4, 5), torch.ones(4, 0)
+    assert divergence((a, none), (b, none), None) == divergence((a,), (b,), None) > 0
+
+
+def test_a_calibration_batch_that_does_not_fit_is_named():
+    good = torch.randn(2, 8)
+    for bad in (torch.randn(2, 9), {"ids": good}):
+        with pytest.raises(IncompatibleInputError, match="called with calibration batch 2"):
+            reference_outputs(nn.Linear(8, 8), [good, good, bad])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from toy import ToyTask
 
 from blast_search.calibrate import collect_grams
+from blast_search.errors import IncompatibleInputError
 from blast_search.fitting import Fitter
 from blast_search.fused import differentiable
 from blast_search.judge import Judge
@@ -89,7 +90,7 @@ def test_cudnn_is_off_where_gradients_pass_a_recurrent_layer_in_eval_mode(monkey
 def test_switches_come_back_also_after_an_error(encoder, before: bool):
     torch.backends.mha.set_fastpath_enabled(before)
     try:
-        with pytest.raises(AttributeError):
+        with pytest.raises(IncompatibleInputError):
             reference_outputs(encoder, [None])
         assert torch.backends.mha.get_fastpath_enabled() is before
     finally:
