@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from blast_search.batches import Batch
-from blast_search.calibrate import collect_grams
-from blast_search.errors import IncompatibleInputError
+from blast_search.calibrate import as_batches, collect_grams
+from blast_search.errors import IncompatibleInputError, in_one_line
 from blast_search.factorize import SWEEPS
 from blast_search.files import make_folder, sha256_file, sha256_json, write_bytes
 from blast_search.fitting import Fitter
@@ -108,11 +108,12 @@ def apply(model: nn.Module, plan: Plan, calibration: Iterable[Batch] | None = No
             approximated for its own sake, which costs quality.
 
     Raises:
-        IncompatibleInputError: the plan does not fit the model.
+        IncompatibleInputError: the plan does not fit the model, or a calibration batch.
     """
     layers = plan_layers(model, plan)
     chosen = [layer for layer in layers if not plan.choices[layer.name].is_dense]
-    grams = collect_grams(model, chosen, list(calibration)) if calibration is not None else {}
+    batches = None if calibration is None else as_batches(calibration)
+    grams = {} if batches is None else collect_grams(model, chosen, batches)
     ranks = {layer.name: plan.choices[layer.name].rank for layer in chosen}
     fitter = Fitter(model, chosen, grams, ranks)
     modules = final_modules(fitter, {name: plan.choices[name] for name in ranks})
@@ -139,7 +140,26 @@ def copied(model: nn.Module, layers: Sequence[LayerSpec], replaced: Container[st
             else:
                 staying.add(id(parameter))
     memo: dict[int, Any] = {key: p for key, p in going.items() if key not in staying}
-    return copy.deepcopy(model, memo)
+    return duplicate(model, memo)
+
+
+def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model.
+
+    Args:
+        memo: what the copy shares with the model, by id (see copy.deepcopy).
+
+    Raises:
+        IncompatibleInputError: the model holds what cannot be copied, such as a lock or a file.
+    """
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise IncompatibleInputError(
+            f"{type(model).__name__} cannot be copied: {in_one_line(error)}. Expected a model "
+            "that copy.deepcopy takes: keep locks, open files and the like out of it, or leave "
+            "them out of its __getstate__."
+        ) from error
 
 
 def attach(

@@ -144,19 +144,27 @@ def anywhere(*models: nn.Module) -> Iterator[None]:
         yield
 
 
-def tried(model: nn.Module, batch: Batch, what: str, expected: str) -> Any:
-    """The model's output for a batch that a task made: the first call shows whether it can be.
+@contextmanager
+def calling(what: str, expected: str) -> Iterator[None]:
+    """Within it, a model is called with a batch that a task made.
 
     Raises:
-        IncompatibleInputError: it cannot; `what` the batch is, and what is `expected`.
+        IncompatibleInputError: it cannot be; `what` the batch is, and what is `expected`.
     """
     try:
-        with torch.no_grad(), evaluating(model), unfused():
-            return call_model(model, to_device(batch, model))
+        yield
+    except IncompatibleInputError:  # says already what is wrong
+        raise
     except Exception as error:
         raise IncompatibleInputError(
             f"the model cannot be called with {what}: {in_one_line(error)}. Expected {expected}"
         ) from error
+
+
+def tried(model: nn.Module, batch: Batch, what: str, expected: str) -> Any:
+    """The model's output for a batch: the first call shows whether it can be (see `calling`)."""
+    with calling(what, expected), torch.no_grad(), evaluating(model), unfused():
+        return call_model(model, to_device(batch, model))
 
 
 def spread(count: int) -> list[int]:

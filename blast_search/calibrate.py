@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from blast_search.batches import Batch, call_model, evaluating, to_device
+from blast_search.batches import FORMS, Batch, call_model, calling, evaluating, to_device
 from blast_search.errors import IncompatibleInputError
 from blast_search.fused import unfused
 from blast_search.layers import get_modules
@@ -20,6 +21,44 @@ from blast_search.outputs import token_mask
 from blast_search.space import LayerSpec
 
 Read = tuple[int, int]  # which tensor, and how often it was changed; see _Pass.read
+
+
+def as_batches(calibration: Any) -> list[Batch]:
+    """Calibration data as a list of batches.
+
+    Raises:
+        IncompatibleInputError: one batch where several are expected, of which the rows or the keys
+            would be taken for batches, or nothing to iterate over.
+    """
+    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+        raise IncompatibleInputError(
+            f"the calibration data are a {type(calibration).__name__}, expected a list or another "
+            f"iterable of batches, each {FORMS}. Put a single batch into a list."
+        )
+    return list(calibration)
+
+
+@contextmanager
+def reached(model: nn.Module, layers: Sequence[LayerSpec]) -> Iterator[set[str]]:
+    """Within it, the names of layers that are called with anything but zeros are collected.
+
+    An expert that no token is routed to may be called with no rows, or not at all.
+    """
+    names: set[str] = set()
+
+    def record(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if name not in names and bool((args[0] if args else next(iter(kwargs.values()))).any()):
+            names.add(name)
+
+    hooks = [
+        module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
+        for name, module in get_modules(model, layers).items()
+    ]
+    try:
+        yield names
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -34,7 +73,8 @@ def collect_grams(
         Layer name -> (n, n) float32 on the CPU; a layer that no batch reached is left out.
 
     Raises:
-        IncompatibleInputError: no batches, or an input that is not finite (names the layer).
+        IncompatibleInputError: no batches, one that the model cannot be called with, or an input
+            that is not finite (names the layer).
     """
     if not batches:
         raise IncompatibleInputError("calibration() of the task gave no batch, expected some.")
@@ -50,7 +90,7 @@ def collect_grams(
         ]
         try:
             with evaluating(model), unfused():
-                as_one = all(attempt.run(model, batch) for batch in batches)
+                as_one = all(attempt.run(model, *item) for item in enumerate(batches))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -80,10 +120,11 @@ class _Pass:
         self.numbers = WeakTensorKeyDictionary()
         self.count = itertools.count()
 
-    def run(self, model: nn.Module, batch: Batch) -> bool:
+    def run(self, model: nn.Module, index: int, batch: Batch) -> bool:
         """Add a batch; False, with families split, where layers of a group read differently."""
         self.batch = batch
-        call_model(model, to_device(batch, model))
+        with calling(f"calibration batch {index}", f"batches without labels: {FORMS}."):
+            call_model(model, to_device(batch, model))
         odd = False
         split: dict[tuple[str, tuple[Read, ...]], int] = {}
         for name, leader in self.leaders.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from contextlib import suppress
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from blast_search.apply import attach, copied, final_modules, load, save
+from blast_search.apply import attach, copied, duplicate, final_modules, load, save
 from blast_search.engine import Contender, Engine
 from blast_search.errors import IncompatibleInputError, in_one_line
 from blast_search.evaluate import evaluate, worse_by
@@ -196,7 +195,7 @@ class Models:
         """The winner's model in model/, with the final plan beside its weights."""
         source = self.folder / key
         if trained:
-            model = load(source, lambda: copy.deepcopy(self.prepared.model))
+            model = load(source, lambda: duplicate(self.prepared.model))
         else:
             model = self.build(winner, plan)
         target = save(model, self.pipeline.folder / "model", plan)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blast_search.batches import Batch, call_model, to_device
-from blast_search.errors import IncompatibleInputError, in_one_line
+from blast_search.batches import Batch, call_model, calling, to_device
+from blast_search.errors import IncompatibleInputError
 from blast_search.fused import unfused
 
 LOGITS = "logits"
@@ -154,17 +154,9 @@ def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[dict[str, 
     """
     outputs, room = [], _room(next(model.parameters()).device)
     for index, batch in enumerate(batches):
-        try:
-            with unfused():
-                tensors = output_tensors(call_model(model, to_device(batch, model)))
-        except IncompatibleInputError as error:
-            raise IncompatibleInputError(f"calibration batch {index}: {error}") from error
-        except Exception as error:
-            raise IncompatibleInputError(
-                f"the model cannot be called with calibration batch {index}: "
-                f"{in_one_line(error)}. Expected batches as the first one: check the task's "
-                "calibration()."
-            ) from error
+        expected = "batches as the first one: check the task's calibration()."
+        with calling(f"calibration batch {index}", expected), unfused():
+            tensors = output_tensors(call_model(model, to_device(batch, model)))
         if not any(_real(value, name, batch).numel() for name, value in tensors.items()):
             raise IncompatibleInputError(
                 f"calibration batch {index} is empty, or all of it is padding (attention_mask): "
