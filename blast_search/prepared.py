@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from blast_search.apply import duplicate
 from blast_search.batches import FORMS, Batch, move_model, tried
+from blast_search.calibrate import as_batches, reached
 from blast_search.errors import IncompatibleInputError
-from blast_search.evaluate import Task, workloads_of
+from blast_search.evaluate import Task, count_params, workloads_of
 from blast_search.latency import cells_for, describe, fingerprint
 from blast_search.layers import Workload, inventory
 from blast_search.modes import check_mode
-from blast_search.outputs import output_tensors
+from blast_search.outputs import divergence, output_tensors, reference_outputs
 from blast_search.settings import DTYPES, Settings, pick_device
 from blast_search.space import LayerSpec, SearchSpace
 from blast_search.tables import Cell
+
+NOT_REACHED = "not reached by the calibration data"
+SAME = 1e-5  # divergence of two calls that counts as none
 
 
 @dataclass
@@ -36,11 +44,19 @@ class Prepared:
     mode: str
     environment: dict[str, Any]
     note: str = ""  # for the user, of the model's own dtype
-    batches: list[Batch] = field(default_factory=list)  # calibration data; see read_calibration
+    # See read_calibration: the calibration data, and the dense model's outputs by batch.
+    batches: list[Batch] = field(default_factory=list)
+    references: list[dict[str, Tensor]] = field(default_factory=list)
 
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.environment)
+
+    @property
+    def share(self) -> float:
+        """The part of the model's parameters that the searched layers hold, biases left out."""
+        held = sum(math.prod(layer.shape) for layer in self.layers)
+        return held / max(count_params(self.model), 1)
 
     def cells(self) -> list[Cell]:
         return cells_for(
@@ -56,17 +72,19 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
 
     Raises:
         IncompatibleInputError: no linear layer to search, block counts that fit none, a model
-            that cannot be called with its workload.
+            that cannot be called with its workload, or not be copied.
     """
     torch.manual_seed(settings.seed)
     device, dtype = pick_device(settings.device), DTYPES[settings.dtype]
     check_mode(settings.mode, device.type)
     with torch.device("meta") if meta else nullcontext():
         workloads = workloads_of(task, settings.workload)
-        model = task.model().eval()
+        model = dense_model(task)
+    model.eval()
     note = _dtype_note(model, settings.dtype)
     model = move_model(model, "meta" if meta else device, dtype)
-    layers, skipped = inventory(model, workloads, space)
+    with _noting(note):
+        layers, skipped = inventory(model, workloads, space)
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:4])
         raise IncompatibleInputError(
@@ -74,32 +92,105 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
             f"({reasons or 'it has none'}). Check include, exclude and output_head of the space."
         )
     space.check(layers)
+    # Contenders are built in copies, after the search; without its weights one costs nothing.
+    duplicate(model, {id(p): p for p in model.parameters()})
     env = describe(device.type, settings.dtype)
     return Prepared(
         task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env, note
     )
 
 
+def dense_model(task: Task) -> nn.Module:
+    """What a task's model() returns; of a model that torch.compile wrapped, the model itself.
+
+    Raises:
+        IncompatibleInputError: it is no module.
+    """
+    model = task.model()
+    model = getattr(model, "_orig_mod", model)  # layers in it are replaced, and compiled anew
+    if not isinstance(model, nn.Module):
+        raise IncompatibleInputError(
+            f"model() of task {task.name} returned a {type(model).__name__}, expected the dense "
+            "model, a torch.nn.Module."
+        )
+    return model
+
+
 def read_calibration(prepared: Prepared, seed: int) -> None:
     """Read the calibration data, once: a task may draw them, or have them but once.
 
-    The model is called with the first batch: a form that is wrong is seen before minutes are spent
-    on measuring.
+    The dense model's outputs on them are computed, too: what is wrong with a batch is seen before
+    minutes are spent on measuring.  Layers that they do not reach are not searched: whatever
+    replaced them would look as if it cost nothing.
 
     Raises:
-        IncompatibleInputError: no batches, or the model cannot be called with the first one, or
-            returns nothing to judge.
+        IncompatibleInputError: no batches, or the model cannot be called with one, or returns
+            nothing to judge, or something else at each call.
     """
-    task = prepared.task
+    task, model = prepared.task, prepared.model
     torch.manual_seed(seed)  # a resumed run must see the same data
-    prepared.batches = list(task.calibration())
-    if not prepared.batches:
+    batches = prepared.batches = as_batches(task.calibration())
+    if not batches:
         raise IncompatibleInputError(
             f"calibration() of task {task.name} gave no batch, expected some."
         )
     what = f"the first batch of task {task.name}'s calibration()"
     expected = f"batches without labels: {FORMS}; of a loader of (x, y), yield x."
-    output_tensors(tried(prepared.model, prepared.batches[0], what, expected))
+    held = [t for t in tree_leaves(batches[0]) if isinstance(t, Tensor) and not t.is_inference()]
+    versions = [t._version for t in held]
+    with _noting(prepared.note):
+        output = output_tensors(tried(model, batches[0], what, expected))
+        first = {name: value.clone() for name, value in output.items()}  # may be a kept buffer
+        with reached(model, prepared.layers) as called:
+            prepared.references = reference_outputs(model, batches)
+    _check_same(first, prepared, versions != [t._version for t in held])
+    missed = [layer.name for layer in prepared.layers if layer.name not in called]
+    prepared.skipped = prepared.skipped | dict.fromkeys(missed, NOT_REACHED)
+    prepared.layers = [layer for layer in prepared.layers if layer.name in called]
+    if not prepared.layers:
+        raise IncompatibleInputError(
+            f"calibration() of task {task.name} reaches none of the layers to search, as "
+            f"{missed[0]}. Expected batches on which the model calls them."
+        )
+
+
+def _check_same(first: dict[str, Tensor], prepared: Prepared, changed: bool) -> None:
+    """Refuse a model whose second output for the first calibration batch is not its first.
+
+    The search would take the difference for what replaced layers cost.
+
+    Args:
+        changed: whether the batch's tensors were written to in between.
+    """
+    try:
+        apart = float(divergence(prepared.references[0], first, prepared.batches[0]))
+    except IncompatibleInputError:  # of another size
+        apart = math.inf
+    # Far above what the order of sums changes, far below what a layer's replacement does.
+    if apart <= max(SAME, torch.finfo(prepared.dtype).eps / 8):
+        return
+    cause = (
+        "Its forward changes the batch in place: have it work on a copy (clone)."
+        if changed
+        else "Its forward draws random numbers (a sample, dropout that does not ask "
+        "self.training), or keeps something from call to call (a cache): switch that off in eval "
+        "mode."
+    )
+    raise IncompatibleInputError(
+        f"the dense model's outputs of two calls with the first calibration batch are {apart:.2g} "
+        f"apart, expected the same. {cause}"
+    )
+
+
+@contextmanager
+def _noting(note: str) -> Iterator[None]:
+    """Within it, errors end with a note on the model's dtype, which may be their cause."""
+    try:
+        yield
+    except IncompatibleInputError as error:
+        if not note:
+            raise
+        raise IncompatibleInputError(f"{error} {note}") from error
 
 
 def _dtype_note(model: nn.Module, name: str) -> str:

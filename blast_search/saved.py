@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -16,8 +15,9 @@ from torch import nn
 
 from blast_search import apply as apply_plan
 from blast_search import load, save
-from blast_search.apply import WEIGHTS
+from blast_search.apply import WEIGHTS, duplicate
 from blast_search.batches import move_model
+from blast_search.calibrate import as_batches
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.evaluate import (
     Task,
@@ -33,6 +33,7 @@ from blast_search.layers import inventory
 from blast_search.model_latency import Timing, time_variants
 from blast_search.modelfolder import leaving
 from blast_search.plan import Plan
+from blast_search.prepared import dense_model
 from blast_search.progress import Reporter, console
 from blast_search.refresh import refresh as refresh_model
 from blast_search.report import SCOPES, budget_text
@@ -130,18 +131,18 @@ def _dense(
     """What builds the dense model (--model, else the task), and the task's calibration data."""
     if not model:
         loaded = _task_of(plan, task)
-        return _fresh(loaded.model, plan), list(loaded.calibration())
+        return _fresh(lambda: dense_model(loaded), plan), as_batches(loaded.calibration())
     if task is None:
         report.say("no --task: factors without calibration data, which costs quality.")
     factory = _fresh(_factory(model), plan)
-    return factory, list(load_task(task).calibration()) if task else None
+    return factory, as_batches(load_task(task).calibration()) if task else None
 
 
 def _fresh(factory: Callable[[], nn.Module], plan: Plan) -> Callable[[], nn.Module]:
     """A factory whose models are new ones even if the given one returns the same each time; on
     the GPU where there is one, in the dtype that the plan was searched and measured in."""
     device, dtype = pick_device("auto"), _dtype(plan)
-    return lambda: move_model(copy.deepcopy(factory()), device, dtype)
+    return lambda: move_model(duplicate(factory()), device, dtype)
 
 
 def _dtype(plan: Plan) -> torch.dtype | None:
@@ -182,7 +183,7 @@ def _retrained(
     folder: Path, plan: Plan, loaded: Task, steps: int | None, target: Path, seed: int,
     report: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
-    factory = _fresh(loaded.model, plan)
+    factory = _fresh(lambda: dense_model(loaded), plan)
     before = evaluate(loaded, load(folder, factory))
     found = recover(
         loaded, lambda: load(folder, factory), factory(), before, steps, seed, report=report
@@ -223,10 +224,10 @@ def verify(
         )
     device = pick_device(kind)
     dtype = _dtype(plan) or torch.float32
-    factory = _fresh(loaded.model, plan)
-    model, dense = (
-        move_model(m.eval(), device, dtype) for m in (load(folder, factory), factory())
-    )
+    factory = _fresh(lambda: dense_model(loaded), plan)
+    model, dense = (move_model(m, device, dtype) for m in (load(folder, factory), factory()))
+    for module in (model, dense):
+        module.eval()
     workloads = workloads_of(loaded, plan.search.get("workload") or None)
     everything = SearchSpace(output_head=True)
     layers = [ly for ly in inventory(dense, workloads, everything)[0] if ly.name in plan.layers]

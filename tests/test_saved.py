@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from toy import ToyTask
 
 import blast_search as bs
+from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import evaluate
-from blast_search.prepared import prepare
+from blast_search.prepared import Prepared, prepare, read_calibration
 from blast_search.saved import judged
 from blast_search.settings import Settings
 from blast_search.space import SearchSpace
@@ -188,3 +190,117 @@ def test_a_model_in_another_dtype_than_asked_is_said():
     assert "comes in bfloat16 and is searched, measured and saved in float32" in note(
         Half(), "float32"
     )
+
+
+# Tasks whose model or data cannot be searched, seen before anything is measured
+
+
+class Odd(ToyTask):
+    """The toy task around another model, which `change` makes of its own."""
+
+    def __init__(self, change: Any = lambda model: model) -> None:
+        super().__init__()
+        self.change = change
+
+    def model(self) -> nn.Module:
+        return self.change(super().model())
+
+
+def ready(task: ToyTask, dtype: str = "float32") -> Prepared:
+    prepared = prepare(task, Settings(budget=0.5, dtype=dtype), SearchSpace())
+    read_calibration(prepared, 0)
+    return prepared
+
+
+class Around(nn.Module):
+    """The toy's network, with something done to its input first."""
+
+    def __init__(self, net: nn.Module, before: Any) -> None:
+        super().__init__()
+        self.net, self.before = net, before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.before(x))
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)  # as some do, it returns nothing
+
+
+def test_outputs_that_differ_from_call_to_call_are_refused():
+    def task(before: Any) -> Odd:
+        return Odd(lambda net: Around(net, before))
+
+    with pytest.raises(IncompatibleInputError, match="draws random numbers"):
+        ready(task(lambda x: nn.functional.dropout(x, 0.1, training=True)))
+    with pytest.raises(IncompatibleInputError, match="changes the batch in place"):
+        ready(task(lambda x: x.mul_(0.5)))
+    for dtype in ("float32", "bfloat16"):  # what is computed in another order is the same
+        noise = 1e-6 if dtype == "float32" else 1e-3
+        found = ready(task(lambda x, n=noise: x * (1 + n * torch.randn_like(x))), dtype)
+        assert len(found.references) == len(found.batches) == 2
+
+
+def test_layers_that_no_calibration_batch_reaches_are_left_alone():
+    """Whatever replaced them changed nothing: they were the first to be."""
+
+    class Experts(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(256, 256) for _ in range(4))
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.experts[0](x) + self.experts[1](x[:0]).sum() + self.experts[2](0 * x)
+            return self.net(y if len(x) < 20 else y + self.experts[3](x))
+
+    class Routed(Odd):
+        def workload(self) -> Tensor:
+            return self.data[:20]
+
+    found = ready(Routed(Experts))
+    names = {f"experts.{i}" for i in (1, 2, 3)}
+    assert {n for n, why in found.skipped.items() if "calibration" in why} == names
+    assert not names & {layer.name for layer in found.layers}
+    assert "experts.0" in {layer.name for layer in found.layers}
+    assert 0.5 < found.share < 1
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_what_model_returns_is_checked_and_unwrapped():
+    with pytest.raises(IncompatibleInputError, match="returned a str, expected the dense model"):
+        ready(Odd(lambda net: "net"))
+    assert ready(Odd(torch.compile)).layers == ready(ToyTask()).layers
+
+    def locked(net: nn.Module) -> nn.Module:
+        net.lock = threading.Lock()  # type: ignore[assignment]
+        return net
+
+    with pytest.raises(IncompatibleInputError, match=r"Net cannot be copied: TypeError.*lock"):
+        ready(Odd(locked))
+
+
+def test_one_batch_in_the_place_of_several_is_refused():
+    task = ToyTask()
+    for data in (task.data[:16], {"x": task.data[:16]}, None):
+        task.calibration = lambda data=data: data  # type: ignore[method-assign]
+        with pytest.raises(IncompatibleInputError, match="expected a list or another iterable"):
+            ready(task)
+        if data is not None:
+            with pytest.raises(IncompatibleInputError, match="expected a list or another"):
+                bs.apply(task.model(), toy_plan(), data)
+    with pytest.raises(IncompatibleInputError, match="called with calibration batch 1"):
+        bs.apply(task.model(), toy_plan(), [task.data[:2], task.data[:2, :, :3]])
+
+
+def test_an_error_of_a_cast_model_tells_of_the_cast():
+    class Fixed(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net.to(torch.bfloat16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.to(torch.bfloat16))
+
+    with pytest.raises(IncompatibleInputError, match=r"workload.*comes in bfloat16.*--dtype"):
+        ready(Odd(Fixed))
+    assert ready(Odd(Fixed), "bfloat16").layers
