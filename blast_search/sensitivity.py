@@ -34,6 +34,8 @@ GAIN_KEEPS = (0.2, 0.45)
 BEST_GAIN = 0.75  # no b > 1 was seen to lower low rank's error by more than a quarter
 PROBE_CALLS = 320  # whole-model calls that all probes together may take
 
+EXACT = 1e-3  # a probe's relative error below which its loss is rounding
+
 DEPTHS = 3  # per layer type, so many layers are probed whatever the time
 
 FIELDS = ("kind", "layer", "candidate", "error", "loss")
@@ -105,25 +107,22 @@ def estimate_scores(
     with report.stage("probe layers", len(targets)) as advance:
         _probe(targets, fitter, panel, probes, deadline, advance)
     scales = measured_scales(targets, probes)
-    silent = [
-        layer.name
-        for layer, probe in targets.items()
-        if probes.values.get(("probe", layer.name, probe), (0.0, 1.0))[1] == 0.0
-    ]
+    silent = [name for name, scale in scales.items() if scale == 0.0]
+    probed = sum(("probe", ly.name, probe) in probes.values for ly, probe in targets.items())
     if silent:
         report.say(
             f"{', '.join(silent[:4])}{' and others' if len(silent) > 4 else ''}: what replaces "
             "them changes nothing in the outputs that are judged, and counts as free. Exclude "
             "them, or wrap the model so that it returns what they are for."
         )
-    if len(scales) < len(targets):
+    if probed < len(targets):
         report.say(
-            f"probed {len(scales)} of {len(targets)} layers in the time there was; the others "
+            f"probed {probed} of {len(targets)} layers in the time there was; the others "
             "take what lies between the probed ones of their type."
         )
     return Scorer(
         fitter, between(list(targets), scales), measured_gains(layers, probes, fitter), alive,
-        len(scales),
+        probed,
     )  # fmt: skip
 
 
@@ -178,23 +177,38 @@ def by_type(layers: Sequence[LayerSpec]) -> dict[tuple[str, tuple[int, int]], li
 def measured_scales(
     targets: Mapping[LayerSpec, Candidate], probes: ProbeTable
 ) -> dict[str, float]:
-    """Loss per squared relative error of every probed layer."""
+    """Loss per squared relative error of the probed layers, as far as it can be told.
+
+    It cannot of a layer that is of low rank as it is: rounding over an error of nearly nothing.
+    Nor where the loss is exactly 0 while others of the type have one: the probe's batches did not
+    reach the layer, as happens to experts that few tokens are routed to.
+    """
     scales = {}
     for layer, probe in targets.items():
-        if ("probe", layer.name, probe) in probes.values:
-            error, loss = probes.values["probe", layer.name, probe]
-            scales[layer.name] = max(loss, 0.0) / max(error, 1e-9) ** 2
+        error, loss = probes.values.get(("probe", layer.name, probe), (0.0, 0.0))
+        if error >= EXACT:
+            scales[layer.name] = max(loss, 0.0) / error**2
+    for members in by_type(list(targets)).values():
+        known = [layer.name for layer in members if layer.name in scales]
+        if any(scales[name] for name in known):
+            for name in known:
+                if not scales[name]:
+                    del scales[name]
     return scales
 
 
 def between(layers: Sequence[LayerSpec], scales: Mapping[str, float]) -> dict[str, float]:
-    """Scales of all layers: linear over the depth between the probed ones of the same type."""
+    """Scales of all layers: linear over the depth between the probed ones of the same type.
+
+    Types without any take the mean of all, and 1 where there is none at all.
+    """
     found = {}
+    mean = fmean(scales.values()) if scales else 1.0
     for members in by_type(layers).values():
         known = [k for k, layer in enumerate(members) if layer.name in scales]
         values = [scales[members[k].name] for k in known]
         for k, layer in enumerate(members):
-            found[layer.name] = float(np.interp(k, known, values))
+            found[layer.name] = float(np.interp(k, known, values)) if known else mean
     return found
 
 
@@ -206,7 +220,7 @@ class Scorer:
     scales: Mapping[str, float]  # layer -> loss per squared relative error
     gains: Gains
     alive: Mapping[str, Sequence[Candidate]]
-    probed: int  # how many scales were measured; the others are interpolated
+    probed: int  # how many layers were probed; the scales of others are interpolated
 
     def score(self, layer: LayerSpec, candidate: Candidate) -> Score:
         """The predicted error of a candidate and the loss it adds to the model's."""

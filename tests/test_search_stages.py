@@ -334,3 +334,23 @@ def test_interpolated_scales():
     scales = between(layers, {"h.1.a": 1.0, "h.4.a": 4.0, "h.7.a": 1.0, "h.4.b": 2.0})
     assert [scales[f"h.{i}.a"] for i in range(9)] == [1, 1, 2, 3, 4, 3, 2, 1, 1]
     assert {scales[f"h.{i}.b"] for i in range(9)} == {2.0}
+
+
+def test_scales_that_a_probe_cannot_tell_are_those_of_other_layers():
+    from blast_search.sensitivity import ProbeTable, between, measured_scales
+
+    layers = [LayerSpec(f"h.{i}.{k}", 8, 8, True, (Call(1),)) for i in range(3) for k in "abc"]
+    probes, probe = ProbeTable(), Candidate(1, 2)
+    for layer in layers:
+        i, kind = int(layer.name[2]), layer.name[-1]
+        # a: no token reached the middle one; b: of low rank; c: changes nothing in any layer
+        error = 1e-6 if kind == "b" else 0.5
+        loss = 1e-9 if kind == "b" else 0.0 if kind == "c" or i == 1 else 0.25 * (i + 1)
+        probes.add("probe", layer.name, probe, error, loss)
+    scales = measured_scales(dict.fromkeys(layers, probe), probes)
+    assert scales == {"h.0.a": 1.0, "h.2.a": 3.0, "h.0.c": 0.0, "h.1.c": 0.0, "h.2.c": 0.0}
+    every = between(layers, scales)
+    assert [every[f"h.{i}.a"] for i in range(3)] == [1.0, 2.0, 3.0]
+    assert [every[f"h.{i}.b"] for i in range(3)] == pytest.approx([0.8] * 3)
+    assert {every[f"h.{i}.c"] for i in range(3)} == {0.0}
+    assert set(between(layers, {}).values()) == {1.0}
