@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blast_search.batches import Batch, anywhere, evaluating, to_device
-from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.errors import IncompatibleInputError, UsageError, in_one_line
 from blast_search.evaluate import Task, evaluate, worse_by
 from blast_search.fused import differentiable, unfused
 from blast_search.matrix import BlastLinear
@@ -26,6 +26,7 @@ from blast_search.structured import StructuredLinear
 DEFAULT_STEPS = 300
 DEFAULT_LEARNING_RATE = 1e-3
 WARMUP = 0.05
+WITHOUT = "Correct that, or search without retraining: --retrain-steps 0."
 SLOWER = 4  # a retraining that made things worse gets a learning rate so many times lower
 
 
@@ -74,7 +75,8 @@ def retrain(
 
     Raises:
         UsageError: fewer than 0 steps.
-        IncompatibleInputError: the loss stays without a finite value, or there are no batches.
+        IncompatibleInputError: the loss is no scalar that can be differentiated, or stays without
+            a finite value, or there are no batches.
     """
     steps = int(getattr(task, "train_steps", DEFAULT_STEPS)) if steps is None else steps
     rate = learning_rate or float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
@@ -93,9 +95,7 @@ def retrain(
         with report.stage(name, steps) as advance:
             for step in range(steps):
                 batch = to_device(next(batches), model)
-                cast: Any = torch.autocast(device.type, dtype) if dtype else nullcontext()
-                with torch.enable_grad(), cast:
-                    loss = task.loss(model, batch, teacher)
+                loss = _loss(task, model, batch, teacher, dtype)
                 losses.append(_descend(loss, optimizer, parameters))
                 schedule.step()
                 on_step(step, losses[-1])
@@ -106,6 +106,57 @@ def retrain(
             f"(now {rate:g})."
         )
     return losses
+
+
+def _loss(
+    task: Task, model: nn.Module, batch: Batch, teacher: nn.Module, dtype: torch.dtype | None
+) -> Tensor:
+    """The task's loss, within autocast to `dtype`, checked to be one that can be descended."""
+    device = next(model.parameters()).device.type
+    cast: Any = torch.autocast(device, dtype) if dtype else nullcontext()
+    with torch.enable_grad(), cast:
+        loss: Any = task.loss(model, batch, teacher)
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+        return loss
+    got = f"a {type(loss).__name__}"
+    if isinstance(loss, Tensor):
+        got = f"a tensor of shape {list(loss.shape)}"
+        got += "" if loss.requires_grad else " without a gradient"
+    raise IncompatibleInputError(
+        f"task {task.name}: loss() returned {got}, expected a scalar tensor that depends on the "
+        "model's parameters. Return it as it is (no float(), item() or detach()), and call the "
+        "model outside of torch.no_grad()."
+    )
+
+
+def tried_loss(task: Task, model: nn.Module, seed: int = 0) -> None:
+    """Compute the task's loss of one training batch, to see before a search whether it can be.
+
+    The model is its own teacher, and stays as it is, as do random numbers.  That its loss takes
+    gradients but none is computed costs the memory of a step of retraining.
+
+    Raises:
+        IncompatibleInputError: loss or train_batches fails, or the loss cannot be descended.
+    """
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    device = parameters[0].device
+    dtype, what = autocast_dtype(device, model), "train_batches()"
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _training(model, model, parameters), anywhere(model):
+        torch.manual_seed(seed)
+        try:
+            batch = to_device(next(_endless(task, seed)), model)
+            what = "loss() of the first training batch"
+            _loss(task, model, batch, model, dtype)
+        except torch.OutOfMemoryError:
+            return  # of the dense model; a smaller one may well fit
+        except IncompatibleInputError as error:
+            raise IncompatibleInputError(f"{error} {WITHOUT}") from error
+        except Exception as error:
+            raise IncompatibleInputError(
+                f"task {task.name}: {what} failed: {in_one_line(error)}. Expected training "
+                f"batches, and of each a scalar. {WITHOUT}"
+            ) from error
 
 
 @dataclass(frozen=True)

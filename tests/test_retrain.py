@@ -8,6 +8,7 @@ from collections import namedtuple
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from blast_search.evaluate import count_macs, evaluate
 from blast_search.judge import BROKEN
 from blast_search.layers import Workload
 from blast_search.progress import Reporter
-from blast_search.retrain import retrain, trainable_parameters
+from blast_search.retrain import retrain, trainable_parameters, tried_loss
 from blast_search.runfolder import RunFolder
 from blast_search.space import DENSE, Candidate
 
@@ -86,7 +87,7 @@ def test_training_data_that_ends_is_read_again(monkeypatch):
     assert len(retrain(ToyTask(), *compressed(torch.float32), 5, 7)) == 5
     assert seeds == [7, 8, 9]
     monkeypatch.setattr(ToyTask, "train_batches", lambda self, seed: iter(()))
-    with pytest.raises(IncompatibleInputError, match="gave no batch"):
+    with pytest.raises(IncompatibleInputError, match=r"gave no batch"):
         retrain(ToyTask(), *compressed(torch.float32), 5)
     with pytest.raises(UsageError, match="steps are -1"):
         retrain(ToyTask(), *compressed(torch.float32), -1)
@@ -204,3 +205,51 @@ def test_retraining_that_harms_at_any_rate_is_not_kept(tmp_path: Path, monkeypat
 def test_a_metric_that_is_not_finite_loses(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(ToyTask, "evaluate", lambda self, model: float("nan"))
     assert Contenders(tmp_path).metric(CONTENDER) == -BROKEN  # type: ignore[arg-type]
+
+
+class Losing(ToyTask):
+    """The toy task with another loss."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def without_gradients(model, batch, teacher):
+    return model(batch).square().mean()
+
+
+LOSSES = {
+    "a float": lambda model, batch, teacher: model(batch).mean().item(),
+    r"shape \[8, 10\], expected": lambda model, batch, teacher: model(batch),
+    r"shape \[\] without a gradient": without_gradients,
+}
+
+
+@pytest.mark.parametrize("got", LOSSES)
+def test_a_loss_that_cannot_be_descended_is_refused(got: str):
+    task = Losing(LOSSES[got])
+    with pytest.raises(IncompatibleInputError, match=f"loss\\(\\) returned .*{got}"):
+        retrain(task, task.model(), task.model(), 1)
+    with pytest.raises(IncompatibleInputError, match=f"{got}.*--retrain-steps 0"):
+        tried_loss(task, task.model())
+
+
+def test_the_loss_is_tried_before_a_search():
+    task, state = ToyTask(), torch.random.get_rng_state()
+    model = task.model().to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tried_loss(task, model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with pytest.raises(
+        IncompatibleInputError, match=r"loss\(\) of the first .* KeyError: 'labels'"
+    ):
+        tried_loss(Losing(lambda model, batch, teacher: {}["labels"]), model)
+    task.train_batches = lambda seed: iter([])  # type: ignore[method-assign]
+    with pytest.raises(IncompatibleInputError, match=r"gave no batch.*--retrain-steps 0"):
+        tried_loss(task, model)
+    task.train_batches = lambda: iter([])  # type: ignore[method-assign,assignment]
+    with pytest.raises(IncompatibleInputError, match=r"train_batches\(\) failed: TypeError"):
+        tried_loss(task, model)
