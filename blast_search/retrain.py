@@ -78,7 +78,7 @@ def retrain(
         IncompatibleInputError: the loss is no scalar that can be differentiated, or stays without
             a finite value, or there are no batches.
     """
-    steps = int(getattr(task, "train_steps", DEFAULT_STEPS)) if steps is None else steps
+    steps = _steps(task, steps)
     rate = learning_rate or float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
     if steps < 0:
         raise UsageError(f"retraining steps are {steps}, expected 0 or more.")
@@ -108,6 +108,11 @@ def retrain(
     return losses
 
 
+def _steps(task: Task, steps: int | None) -> int:
+    """Retraining steps as asked, or the task's recipe."""
+    return int(getattr(task, "train_steps", DEFAULT_STEPS)) if steps is None else steps
+
+
 def _loss(
     task: Task, model: nn.Module, batch: Batch, teacher: nn.Module, dtype: torch.dtype | None
 ) -> Tensor:
@@ -129,15 +134,20 @@ def _loss(
     )
 
 
-def tried_loss(task: Task, model: nn.Module, seed: int = 0) -> None:
+def tried_loss(task: Task, model: nn.Module, steps: int | None = None, seed: int = 0) -> None:
     """Compute the task's loss of one training batch, to see before a search whether it can be.
 
     The model is its own teacher, and stays as it is, as do random numbers.  That its loss takes
     gradients but none is computed costs the memory of a step of retraining.
 
+    Args:
+        steps, seed: as for `retrain`; of 0 steps there is nothing to try.
+
     Raises:
         IncompatibleInputError: loss or train_batches fails, or the loss cannot be descended.
     """
+    if not _steps(task, steps):
+        return
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     device = parameters[0].device
     dtype, what = autocast_dtype(device, model), "train_batches()"

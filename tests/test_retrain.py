@@ -251,5 +251,6 @@ def test_the_loss_is_tried_before_a_search():
     with pytest.raises(IncompatibleInputError, match=r"gave no batch.*--retrain-steps 0"):
         tried_loss(task, model)
     task.train_batches = lambda: iter([])  # type: ignore[method-assign,assignment]
+    tried_loss(task, model, steps=0)
     with pytest.raises(IncompatibleInputError, match=r"train_batches\(\) failed: TypeError"):
         tried_loss(task, model)
