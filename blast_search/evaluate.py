@@ -141,7 +141,14 @@ def evaluate(task: Task, model: nn.Module) -> float:
         IncompatibleInputError: the metric is not a finite number.
     """
     with evaluating(model), torch.no_grad(), anywhere(model):
-        value = float(task.evaluate(model))
+        given: Any = task.evaluate(model)
+    try:
+        value = float(given)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: a tensor of several
+        raise IncompatibleInputError(
+            f"task {task.name}: evaluate() returned a {type(given).__name__}, expected the "
+            "metric, one number. Return that."
+        ) from error
     if value != value or value in (float("inf"), float("-inf")):
         raise IncompatibleInputError(f"task {task.name}: the metric is {value}, not finite.")
     return value

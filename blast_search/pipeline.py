@@ -25,7 +25,6 @@ from blast_search.finish import Finish
 from blast_search.fitting import Fitter
 from blast_search.judge import Judge
 from blast_search.latency_model import LatencyModel
-from blast_search.outputs import reference_outputs
 from blast_search.panel import Panel
 from blast_search.plan import FrontPoint, Plan, pareto
 from blast_search.plan_check import correction, cross_validated, measure_plans
@@ -33,6 +32,7 @@ from blast_search.prepared import Prepared, prepare, read_calibration
 from blast_search.profiling import Profiler
 from blast_search.progress import SILENT, Reporter
 from blast_search.report import write_report
+from blast_search.retrain import tried_loss
 from blast_search.runfolder import RunFolder, start_folder, stored_settings
 from blast_search.sensitivity import ProbeTable, estimate_scores
 from blast_search.settings import Settings
@@ -152,6 +152,7 @@ def opened(
             check_database(settings.storage)
         prepared = prepare(loaded, settings, chosen)
         read_calibration(prepared, settings.seed)
+        tried_loss(loaded, prepared.model, settings.retrain_steps, settings.seed)
         kept = replace(settings, storage=without_password(settings.storage))
         start_folder(folder, asdict(kept) | {"workers": workers}, space_values(chosen))
     with locked(folder):
@@ -243,8 +244,9 @@ class Pipeline:
         )
         write_json(self.folder / "environment.json", p.environment)
         say(
-            f"{p.task.name}: {len(p.layers)} Linear layers to search, {len(p.skipped)} left "
-            f"alone, on {p.environment['device']} ({p.environment['dtype']})"
+            f"{p.task.name}: {len(p.layers)} Linear layers to search ({100 * p.share:.1f} % of "
+            f"the parameters), {len(p.skipped)} left alone, on {p.environment['device']} "
+            f"({p.environment['dtype']})"
         )
         if p.note:
             say(p.note)
@@ -304,16 +306,14 @@ class Pipeline:
         # A resumed run skips measurements that draw random numbers, and must draw the same.
         torch.manual_seed(self.settings.seed)
         batches = p.batches
-        with self.report.stage("calibrate", 2) as advance:
-            references = reference_outputs(p.model, batches)
-            advance()
+        with self.report.stage("calibrate", 1) as advance:
             grams = collect_grams(p.model, p.layers, batches)
             advance()
         ranks = {
             ly.name: max((c.rank for c in p.space.candidates(ly)), default=0) for ly in p.layers
         }
         judge = Judge(
-            p.model, p.layers, Fitter(p.model, p.layers, grams, ranks), batches, references
+            p.model, p.layers, Fitter(p.model, p.layers, grams, ranks), batches, p.references
         )
         panel = Panel(
             judge, self.report, resolve(self.workers) == "ray", self.ray_address, p.fingerprint,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blast_search.apply import attach, load, plan_layers
 from blast_search.batches import Batch
-from blast_search.calibrate import collect_grams
+from blast_search.calibrate import as_batches, collect_grams
 from blast_search.errors import IncompatibleInputError
 from blast_search.factorize import factorize
 from blast_search.factors import Factors, relative_error
@@ -60,7 +60,8 @@ def refresh(
     model = model_factory()
     layers = plan_layers(model, plan)
     chosen = [layer for layer in layers if not plan.choices[layer.name].is_dense]
-    grams = collect_grams(model, chosen, list(calibration)) if calibration is not None else {}
+    batches = None if calibration is None else as_batches(calibration)
+    grams = {} if batches is None else collect_grams(model, chosen, batches)
     modules: dict[str, nn.Module] = {}
     errors: dict[str, Refit] = {}
     with report.stage("refresh", len(chosen)) as advance:

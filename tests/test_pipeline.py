@@ -268,6 +268,16 @@ def test_labelled_calibration_batches_are_refused_before_anything_is_measured(tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_loss_that_fails_of_the_dense_model_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+):
+    task = ToyTask()
+    task.loss = lambda *_: 0.0  # type: ignore[method-assign]
+    with pytest.raises(IncompatibleInputError, match=r"loss\(\) returned a float"):
+        bs.search(task, budget=0.8, out=tmp_path / "r", **OPTIONS)
+    assert not (tmp_path / "r").exists()
+
+
 def test_calibration_data_are_read_once_and_before_anything_is_measured(tmp_path: Path):
     class Once(ToyTask):
         def __init__(self, batches: int) -> None:
@@ -555,11 +565,13 @@ def test_the_bisection_tightens_and_relaxes_in_both_directions_of_a_metric(
 
 class Raising(ToyTask):
     def loss(self, model: nn.Module, batch: torch.Tensor, teacher: nn.Module) -> torch.Tensor:
+        if model is teacher:  # as it is tried before the search
+            return super().loss(model, batch, teacher)
         raise RuntimeError("no such label")
 
 
 def test_a_loss_that_raises_leaves_the_plan_on_file(run: bs.Run, tmp_path: Path):
-    """Retraining is the first to call a task's loss, after everything was measured."""
+    """Retraining is the first to call a task's loss of a compressed model."""
     copy = finished_but_not_retrained(run, tmp_path)
     with pytest.raises(RuntimeError, match="no such label") as raised:
         bs.search(Raising(), budget=0.8, out=copy, resume=True, **OPTIONS)

@@ -254,3 +254,11 @@ def test_the_loss_is_tried_before_a_search():
     tried_loss(task, model, steps=0)
     with pytest.raises(IncompatibleInputError, match=r"train_batches\(\) failed: TypeError"):
         tried_loss(task, model)
+
+
+@pytest.mark.parametrize("value", [None, {"accuracy": 1.0}, torch.ones(2)])
+def test_a_metric_that_is_no_number_is_refused(value: Any):
+    task = ToyTask()
+    task.evaluate = lambda model: value  # type: ignore[method-assign]
+    with pytest.raises(IncompatibleInputError, match=r"evaluate\(\) returned a"):
+        evaluate(task, task.model())
