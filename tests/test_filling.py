@@ -139,7 +139,8 @@ def test_a_run_that_a_uniform_plan_wins_fills_it_up(tmp_path: Path, monkeypatch)
 
 
 def test_options_follow_every_change_of_what_they_cost(engine: Engine):
-    timed = replace(engine, scope="layers", latency=replace(engine.latency), _options={})
+    latency = replace(engine.latency, correction=1.0, factors={})
+    timed = replace(engine, scope="layers", latency=latency, _options={})
     name = timed.layers[0].name
 
     def costs() -> dict[str, float]:
