@@ -52,8 +52,8 @@ def plan_layers(model: nn.Module, plan: Plan, finite: bool = True) -> list[Layer
 
     Raises:
         IncompatibleInputError: a layer is missing, has another shape, is no linear layer, was
-            replaced already, is not finite, or has hooks or a weight of another module, which it
-            would lose; or the model is compiled or scripted.
+            replaced already, is not finite, or is to be replaced and has hooks or a weight of
+            another module, which it would lose; or the model is compiled or scripted.
     """
     refuse_wrapped(model)
     owners = weight_owners(model)
@@ -61,7 +61,7 @@ def plan_layers(model: nn.Module, plan: Plan, finite: bool = True) -> list[Layer
     for name, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(name)
     by_name = dict(model.named_modules(remove_duplicate=False))
-    layers = []
+    layers, choices = [], plan.choices
     for name, item in plan.layers.items():
         module = by_name.get(name)
         if module is None:
@@ -85,7 +85,8 @@ def plan_layers(model: nn.Module, plan: Plan, finite: bool = True) -> list[Layer
                 f"layer {name} is {weight.shape[0]} x {weight.shape[1]}, the plan expects "
                 f"{item.out_features} x {item.in_features}: it was made for another model."
             )
-        if why := tied(paths[module][0], module, owners) or hooked(module):
+        why = tied(paths[module][0], module, owners) or hooked(module)
+        if why and not choices[name].is_dense:
             raise IncompatibleInputError(
                 f"layer {name}: {why}, which would be lost with the layer. Remove that from the "
                 "model, or the layer from the plan."

@@ -43,8 +43,8 @@ def to_device(batch: Any, model: nn.Module) -> Any:
     """The batch on the device of the model's parameters; floating inputs in their dtype.
 
     Containers of other kinds than dict, tuple and list keep their kind and their attributes (an
-    output of Hugging Face's that is an input again); where nothing moves they are passed as they
-    are.
+    output of Hugging Face's that is an input again).  They are copies, as dicts are: a loss that
+    takes its labels out of a batch takes them out of its own.
     """
     device, dtype = _place(model)
 
@@ -55,10 +55,10 @@ def to_device(batch: Any, model: nn.Module) -> Any:
             moved = {key: move(item) for key, item in value.items()}
             if type(value) is dict or not isinstance(value, MutableMapping):
                 return moved
-            changed = {key: item for key, item in moved.items() if item is not value[key]}
-            twin = copy.copy(value) if changed else value
-            for key, item in changed.items():
-                twin[key] = item
+            twin = copy.copy(value)
+            for key, item in moved.items():
+                if item is not value[key]:
+                    twin[key] = item
             return twin
         if isinstance(value, tuple | list):
             items = [move(item) for item in value]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,7 +30,9 @@ def as_batches(calibration: Any) -> list[Batch]:
         IncompatibleInputError: one batch where several are expected, of which the rows or the keys
             would be taken for batches, or nothing to iterate over.
     """
-    if isinstance(calibration, Tensor | Mapping | str) or not isinstance(calibration, Iterable):
+    single = isinstance(calibration, Tensor | Mapping | str)
+    # Not isinstance(_, Iterable): a map-style Dataset only has __getitem__.
+    if single or not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
         raise IncompatibleInputError(
             f"the calibration data are a {type(calibration).__name__}, expected a list or another "
             f"iterable of batches, each {FORMS}. Put a single batch into a list."

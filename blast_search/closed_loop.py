@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Mapping
 from statistics import median
 
 from blast_search.engine import Contender, Engine
-from blast_search.errors import InfeasibleBudgetError
+from blast_search.errors import BlastSearchError, InfeasibleBudgetError
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
@@ -77,7 +77,7 @@ def _rounds(
     engine: Engine, make: Make, name: str, target: float, aim: float | None
 ) -> Generator[tuple[Choices, float], Timing | None, Contender | None]:
     """One kind's loop: yields a plan and for how many seconds to time it, is sent the timing."""
-    aim = aim or engine.aim
+    tightened, aim = aim is not None, aim or engine.aim
     tried: dict[str, Contender] = {}
     factors: list[float] = []  # the correction that each timed plan asks for
     for _ in range(ROUNDS):
@@ -86,7 +86,7 @@ def _rounds(
         try:
             choices = make(aim * target)
         except InfeasibleBudgetError:
-            if tried or not engine.by_time:
+            if tried or tightened or not engine.by_time:
                 break
             # By the table alone, which has not been held against this kind's plans yet.
             choices = _fastest(make)
@@ -127,7 +127,7 @@ def _fastest(make: Make) -> Choices:
     """The plan of a kind of least predicted ratio; an empty one where there is none."""
     try:
         return least(make)[1]
-    except InfeasibleBudgetError:
+    except BlastSearchError:  # there is none, or none that was found in time
         return {}
 
 

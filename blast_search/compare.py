@@ -6,7 +6,6 @@ side by side in one process and retrained alike: same data, steps and seeds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from blast_search.engine import Contender
 from blast_search.errors import UsageError
 from blast_search.evaluate import Task, size_ratios
 from blast_search.finish import Finish
-from blast_search.last_timing import Decision
+from blast_search.last_timing import Decision, reachable, why_no_faster
 from blast_search.pipeline import Pipeline, opened, task_name
 from blast_search.progress import SILENT, Reporter
 from blast_search.runfolder import digest
@@ -163,13 +162,10 @@ def missed(run: Path, budget: float, decision: Decision, searched: Contender) ->
     """Why no plan of the search meets the budget, as `search` would say it; "" if one does."""
     if decision.met or searched.feasible:
         return ""
-    reason = "the smallest ranks of the search space still take that much"
-    if searched.all_dense:
-        reason = "no candidate is faster than dense on this device: keep this model dense"
-    smallest = math.ceil(searched.ratio * 1000) / 1000  # the budget that is named must do
     return (
         f"no plan of the search meets budget {budget:g} (scope layers): the smallest reachable "
-        f"budget is about {smallest:.3f}; {reason}. The table is in {run / 'compare.md'}."
+        f"budget is about {reachable(searched, 'layers'):.3f}; {why_no_faster(searched.choices)}. "
+        f"The table is in {run / 'compare.md'}."
     )
 
 

@@ -208,7 +208,7 @@ def _size(engine: Engine, choices: Choices) -> float:
 
 def uniform_ladder(engine: Engine, num_blocks: int) -> Ladder:
     """One b and one parameter fraction for all layers (b = 1: low rank)."""
-    return _ladder([engine.uniform(num_blocks, keep) for keep in _fractions(engine)])
+    return _ladder([engine.uniform(num_blocks, keep) for keep in engine.space.fractions()])
 
 
 def monarch_ladder(engine: Engine, num_blocks: int) -> Ladder:
@@ -220,7 +220,7 @@ def monarch_ladder(engine: Engine, num_blocks: int) -> Ladder:
                 ly.name: monarch_choice(*ly.shape, num_blocks, keep, multiple) or DENSE
                 for ly in engine.layers
             }
-            for keep in _fractions(engine)
+            for keep in engine.space.fractions()
         ]
     )
 
@@ -233,19 +233,6 @@ def diagonal_ladder(engine: Engine) -> Ladder:
             for b in DIAGONAL_BLOCKS
         ]
     )
-
-
-def _fractions(engine: Engine) -> list[float]:
-    """From the largest `keep` down to 0.01, in steps of 0.01; from 0.1 on in relative ones.
-
-    Steps of 0.01 are a fifth of a plan that keeps 0.05: it would leave that much of a budget.
-    """
-    top = max(engine.space.keep)
-    coarse = [percent / 100 for percent in range(round(100 * top), 10, -1)]
-    fine = [min(top, 0.1)]
-    while fine[-1] > 0.01:
-        fine.append(max(0.01, 0.99 * fine[-1]))
-    return coarse + fine
 
 
 def _ladder(plans: Sequence[Mapping[str, Candidate]]) -> Ladder:

@@ -13,7 +13,14 @@ from blast_search.closed_loop import CLOSE, Make, meet, meet_together
 from blast_search.engine import Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.judge import BROKEN
-from blast_search.last_timing import FASTEST, FINAL_SECONDS, Decision, final
+from blast_search.last_timing import (
+    FASTEST,
+    FINAL_SECONDS,
+    Decision,
+    final,
+    reachable,
+    why_no_faster,
+)
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
@@ -92,7 +99,10 @@ def decide(
             continue
         timed(contender, make, weights if name == "searched" else {})
     if not any(d.met for d in decisions) and exact.name != FASTEST:
-        timed(*_fastest(engine, None, target), {})
+        fastest, _ = _fastest(engine, None, target)
+        timed(fastest, engine.exact, {})
+        if (last := decisions[-1]).winner.choices != fastest.choices:  # it left room
+            decisions[-1] = replace(last, winner=replace(last.winner, name="exact"))
     engine.latency.correction = correction  # for what is predicted from here on, also by pareto
     best = min(decisions, key=lambda d: (not d.met, _loss(engine, d.winner), d.winner.ratio))
     if trained and best.winner.choices == pool[order[0]][0].choices:
@@ -292,17 +302,10 @@ def infeasible(
     run: Path, scope: str, budget: float, decision: Decision, outside: float
 ) -> InfeasibleBudgetError:
     """The error for a decision that does not meet its budget; `outside`: see `layer_target`."""
-    if decision.winner.all_dense:
-        reason = "no candidate is faster than dense on this device: keep this model dense"
-    elif decision.target <= 0:
+    reason = why_no_faster(decision.winner.choices)
+    if decision.target <= 0 and not decision.winner.all_dense:
         reason = f"everything outside the searched layers alone takes {outside:.2f} of dense"
-    else:
-        reason = "the smallest ranks of the search space still take that much"
-    ratio, timing = decision.winner.ratio, decision.winner.timing
-    if scope in ("layers", "model") and timing.ratio_layers > 0:
-        # A run with the budget that is named must be able to meet it, in a timing of its own.
-        ratio *= max(1.0, timing.ratio_layers_ci95[1] / timing.ratio_layers)
-    smallest = -(-(outside + min(1.0, ratio) * (1 - outside)) * 1000 // 1) / 1000
+    smallest = reachable(decision.winner, scope, outside)
     return InfeasibleBudgetError(
         f"no plan meets budget {budget:g} (scope {scope}): the smallest reachable budget is about "
         f"{smallest:.3f}; {reason}. The nearest plan is in {run / 'plan.json'}."

@@ -300,9 +300,8 @@ class Engine:
 
     def largest_uniform(self, num_blocks: int, ratio: float) -> dict[str, Candidate]:
         """The uniform plan of this b that keeps most parameters within a predicted ratio."""
-        top = 10 * round(100 * max(self.space.keep))
-        for thousandth in (*range(top, 100, -10), *range(min(top, 100), 9, -1)):  # finer below
-            choices = self.uniform(num_blocks, thousandth / 1000)
+        for keep in self.space.fractions():
+            choices = self.uniform(num_blocks, keep)
             predicted = self.predicted_ratio(choices)
             if predicted is not None and predicted <= ratio:
                 return choices

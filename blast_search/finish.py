@@ -119,7 +119,7 @@ class Finish:
         since = time.monotonic()
         contenders = {"searched": winner} | decision.baselines
         metrics = {key: self.models.metric(c) for key, c in contenders.items()}
-        # On file before retraining, which runs a task's own code for the first time.
+        # On file before retraining, whatever a task's own loss then raises.
         self.describer.plan(decision, winner, metrics).save(self.folder / "plan.json")
         write_front(self.folder, points)
         steps = 0 if winner.all_dense else self.models.steps(winner, len(contenders))

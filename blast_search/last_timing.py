@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from blast_search.closed_loop import CLOSE, Make, bounded, meet
 from blast_search.engine import Contender, Engine
 from blast_search.model_latency import Timing
+from blast_search.plan import Choices
 from blast_search.runfolder import digest
 
 FASTEST = "fastest"  # the plan that is left where no other one holds
@@ -98,3 +100,23 @@ def larger(engine: Engine, winner: Contender, make: Make, target: float) -> Cont
         return None
     engine.report.detail(f"  final timing {winner.ratio:.3f} leaves room below {target:.3f}")
     return replace(winner, choices=choices)
+
+
+def reachable(fastest: Contender, scope: str, outside: float = 0.0) -> float:
+    """The smallest budget that a run could meet, by the fastest plan's timing; rounded up.
+
+    Args:
+        outside: what everything but the searched layers takes of the budget's scope.
+    """
+    ratio, timing = fastest.ratio, fastest.timing
+    if scope in ("layers", "model") and timing.ratio_layers > 0:
+        # Its own timing will be another one.
+        ratio *= max(1.0, timing.ratio_layers_ci95[1] / timing.ratio_layers)
+    return math.ceil((outside + min(1.0, ratio) * (1 - outside)) * 1000) / 1000
+
+
+def why_no_faster(fastest: Choices) -> str:
+    """Why no plan is faster than the fastest one."""
+    if all(c.is_dense for c in fastest.values()):
+        return "no candidate is faster than dense on this device: keep this model dense"
+    return "the smallest ranks of the search space still take that much"

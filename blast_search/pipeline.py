@@ -31,6 +31,7 @@ from blast_search.plan_check import correction, cross_validated, measure_plans
 from blast_search.prepared import Prepared, prepare, read_calibration
 from blast_search.profiling import Profiler
 from blast_search.progress import SILENT, Reporter
+from blast_search.replan import check_layers
 from blast_search.report import write_report
 from blast_search.retrain import tried_loss
 from blast_search.runfolder import RunFolder, start_folder, stored_settings
@@ -163,6 +164,7 @@ def opened(
                 check_database(settings.storage)
             prepared = prepare(loaded, settings, kept_space(folder, settings.space))
             read_calibration(prepared, settings.seed)
+            check_layers(folder, prepared.layers)
         yield Pipeline(folder, settings, prepared, workers, ray_address, report, began)
 
 

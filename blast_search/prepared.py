@@ -71,8 +71,8 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
         meta: a model without storage (PyTorch's "meta" device), of which only cells are wanted.
 
     Raises:
-        IncompatibleInputError: no linear layer to search, block counts that fit none, a model
-            that cannot be called with its workload, or not be copied.
+        IncompatibleInputError: no linear layer to search, block counts that fit none, or a model
+            that cannot be called with its workload.
     """
     torch.manual_seed(settings.seed)
     device, dtype = pick_device(settings.device), DTYPES[settings.dtype]
@@ -92,8 +92,6 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
             f"({reasons or 'it has none'}). Check include, exclude and output_head of the space."
         )
     space.check(layers)
-    # Contenders are built in copies, after the search; without its weights one costs nothing.
-    duplicate(model, {id(p): p for p in model.parameters()})
     env = describe(device.type, settings.dtype)
     return Prepared(
         task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env, note
@@ -125,9 +123,11 @@ def read_calibration(prepared: Prepared, seed: int) -> None:
 
     Raises:
         IncompatibleInputError: no batches, or the model cannot be called with one, or returns
-            nothing to judge, or something else at each call.
+            nothing to judge, or something else at each call, or cannot be copied.
     """
     task, model = prepared.task, prepared.model
+    # Contenders are built in copies, after the search; without its weights one costs nothing.
+    duplicate(model, {id(p): p for p in model.parameters()})
     torch.manual_seed(seed)  # a resumed run must see the same data
     batches = prepared.batches = as_batches(task.calibration())
     if not batches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from blast_search.engine import Engine
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
 from blast_search.evaluate import size_ratios
 from blast_search.files import read_json, read_json_object, read_yaml_mapping
+from blast_search.last_timing import why_no_faster
 from blast_search.latency import fingerprint
 from blast_search.latency_model import LatencyModel
 from blast_search.plan import Choices, LayerPlan, Plan
@@ -43,12 +44,9 @@ def plan_at(run: Path, ratio: float) -> Plan:
         ) from None
     except InfeasibleBudgetError:
         smallest, choices = _fastest(engine)
-        reason = "the smallest ranks of the search space still take that much"
-        if all(c.is_dense for c in choices.values()):
-            reason = "no candidate is faster than dense on this device"
         error = InfeasibleBudgetError(
             f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}: "
-            f"{reason}."
+            f"{why_no_faster(choices)}."
         )
         error.nearest = _plan(base, engine, ratio, choices)
         raise error from None
@@ -191,3 +189,19 @@ def read_layers(run: Path) -> list[LayerSpec]:
             f"{path} is damaged ({type(error).__name__}: {error}), expected the layers as "
             "blast-search wrote them. Restore the file from a copy, or measure in a new folder."
         ) from error
+
+
+def check_layers(run: Path, layers: Sequence[LayerSpec]) -> None:
+    """Refuse to continue a run with other layers: what is on file is about plans of its own.
+
+    Raises:
+        IncompatibleInputError: layers.json has others.
+    """
+    if not (run / "layers.json").is_file():
+        return
+    known, now = ({layer.name for layer in some} for some in (read_layers(run), layers))
+    if known != now:
+        raise IncompatibleInputError(
+            f"{run} was begun with other layers to search ({min(known ^ now)} differs): the "
+            "model, its calibration data or blast-search has changed since. Start a new run."
+        )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blast_search.apply import duplicate
 from blast_search.batches import Batch, anywhere, evaluating, to_device
 from blast_search.errors import IncompatibleInputError, UsageError, in_one_line
 from blast_search.evaluate import Task, evaluate, worse_by
@@ -137,8 +138,8 @@ def _loss(
 def tried_loss(task: Task, model: nn.Module, steps: int | None = None, seed: int = 0) -> None:
     """Compute the task's loss of one training batch, to see before a search whether it can be.
 
-    The model is its own teacher, and stays as it is, as do random numbers.  That its loss takes
-    gradients but none is computed costs the memory of a step of retraining.
+    Of a twin of the dense model, which has parameters and buffers of its own (float32 ones in the
+    same memory), with the model as its teacher.  No gradient is computed.
 
     Args:
         steps, seed: as for `retrain`; of 0 steps there is nothing to try.
@@ -148,25 +149,39 @@ def tried_loss(task: Task, model: nn.Module, steps: int | None = None, seed: int
     """
     if not _steps(task, steps):
         return
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    device = parameters[0].device
-    dtype, what = autocast_dtype(device, model), "train_batches()"
+    device, what = next(model.parameters()).device, "train_batches()"
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _training(model, model, parameters), anywhere(model):
-        torch.manual_seed(seed)
-        try:
-            batch = to_device(next(_endless(task, seed)), model)
-            what = "loss() of the first training batch"
-            _loss(task, model, batch, model, dtype)
-        except torch.OutOfMemoryError:
-            return  # of the dense model; a smaller one may well fit
-        except IncompatibleInputError as error:
-            raise IncompatibleInputError(f"{error} {WITHOUT}") from error
-        except Exception as error:
-            raise IncompatibleInputError(
-                f"task {task.name}: {what} failed: {in_one_line(error)}. Expected training "
-                f"batches, and of each a scalar. {WITHOUT}"
-            ) from error
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with torch.random.fork_rng(devices), unfused():
+            twin = duplicate(model, {id(p): _learning(p) for p in model.parameters()})
+            both = (twin, model)
+            with evaluating(*both), differentiable(*both), anywhere(*both):
+                torch.manual_seed(seed)
+                batch = to_device(next(_endless(task, seed)), twin)
+                what = "loss() of the first training batch"
+                _loss(task, twin, batch, model, autocast_dtype(device, model))
+    except torch.OutOfMemoryError:
+        return  # of the dense model; a smaller one may well fit
+    except IncompatibleInputError as error:
+        raise IncompatibleInputError(f"{error} {WITHOUT}") from error
+    except Exception as error:
+        raise IncompatibleInputError(
+            f"task {task.name}: {what} failed: {in_one_line(error)}. Expected training batches, "
+            f"and of each a scalar. {WITHOUT}"
+        ) from error
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _learning(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter as retraining has it: in float32, with gradients; of its own all the same."""
+    if not parameter.is_floating_point():
+        return parameter
+    half = parameter.dtype in (torch.float16, torch.bfloat16)
+    value = parameter.detach()
+    return nn.Parameter(value.float() if half else value)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Solution:
 def least(solve: Callable[[float], T]) -> tuple[float, T]:
     """The smallest ratio (up to STEP above it) for which `solve` has a plan, and that plan.
 
-    For budgets that hold on several workloads, where no sum says what the cheapest plan is.
+    For kinds of plans of which no sum says what the cheapest one is: uniform ones, and those under
+    budgets that hold on several workloads.
 
     Args:
         solve: raises InfeasibleBudgetError for a ratio below; 1.0 is possible.

@@ -146,6 +146,18 @@ class SearchSpace:
             step //= 2
         return max(1, round(exact / step) * step)
 
+    def fractions(self) -> list[float]:
+        """What uniform plans may keep: from the largest `keep` down to 0.01 in steps of 0.01.
+
+        From 0.1 on in relative steps of 0.01: absolute ones are a fifth of a plan that keeps 0.05,
+        which would leave that much of a budget.
+        """
+        top = max(self.keep)
+        found = [percent / 100 for percent in range(round(100 * top), 10, -1)] + [min(top, 0.1)]
+        while found[-1] > 0.01:
+            found.append(max(0.01, 0.99 * found[-1]))
+        return found
+
     def uniform_choice(self, layer: LayerSpec, num_blocks: int, keep: float) -> Candidate:
         """What a uniform plan (one b, one keep) takes for this layer.
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blast_search.errors import BlastSearchError, IncompatibleInputError, MissingDependencyError
+from blast_search.errors import (
+    BlastSearchError,
+    IncompatibleInputError,
+    MissingDependencyError,
+    in_one_line,
+)
 
 OPENINGS = 4  # attempts to open a database
 SECRET = ("password", "passwd", "passfile", "sslpassword")  # in the query of a URL
@@ -81,8 +86,22 @@ def stored_trials(study: Any, storage: Storage) -> list[Any]:
 
 
 def add_trial(study: Any, storage: Storage, trial: Any) -> None:
-    """Store a finished trial in a study that `open_study` opened; raises what that does."""
-    _opened(storage.url, lambda: study.add_trial(trial), own=not storage.worker)
+    """Store a finished trial in a study that `open_study` opened.
+
+    Raises:
+        BlastSearchError: it cannot be stored.
+    """
+    if storage.worker:
+        _opened(storage.url, lambda: study.add_trial(trial))
+        return
+    try:
+        study.add_trial(trial)
+    except Exception as error:  # of the run's own file: it is full, or read-only
+        path = storage.url.removeprefix("sqlite:///")
+        raise BlastSearchError(
+            f"a trial cannot be stored in {path} ({in_one_line(error)}). Make room for it, and "
+            "continue the run with --resume: what was measured is on file."
+        ) from error
 
 
 def own_file_damaged(path: str | Path, error: Exception) -> IncompatibleInputError:

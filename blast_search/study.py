@@ -117,9 +117,13 @@ class Study:
             return len(self.trials)  # the run folder's own study: nobody else writes to it
         self.flush()
         stored = stored_trials(self._stored, self.storage)
-        new = [t for t in stored if t.user_attrs.get("id", t.number) not in self._seen]
-        self.trials += new
-        self._seen |= {t.user_attrs.get("id", t.number) for t in new}
+        for trial in stored:
+            key = trial.user_attrs.get("id", trial.number)
+            if (
+                key not in self._seen
+            ):  # one that was stored twice: its first writing seemed to fail
+                self._seen.add(key)
+                self.trials.append(trial)
         return len(self.trials)
 
     @property
@@ -128,7 +132,7 @@ class Study:
         return all(worker_of(t) == self.worker for t in self.trials)
 
     def store(self) -> None:
-        """Begin to store the trials that wait for it: to be called before what takes time."""
+        """Begin to store the trials that wait for it: to be called before plans are judged."""
         for trial in self._waiting:
             self._writes.append(self._writer.submit(add_trial, self._stored, self.storage, trial))
         self._waiting = []

@@ -18,7 +18,7 @@ from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError
 from blast_search.files import sha256_json, write_json, write_rows
 from blast_search.latency import fingerprint
 from blast_search.plan import FrontPoint, LayerPlan, Plan
-from blast_search.replan import plan_at
+from blast_search.replan import check_layers, plan_at
 from blast_search.runfolder import FIELDS, RunFolder
 from blast_search.space import DENSE, Call, Candidate, LayerSpec, SearchSpace
 from blast_search.tables import Cell, LatencyTable, Measurement, Score, ScoreTable, cell_row
@@ -296,3 +296,12 @@ def test_a_plan_of_other_types_is_refused_by_name(field: str, value: Any, spaces
     del plan["sha256"]
     with pytest.raises(IncompatibleInputError, match=f"plan: {field} is .* expected"):
         Plan.from_json(plan | {"sha256": sha256_json(plan)})
+
+
+def test_a_run_is_not_continued_with_other_layers(spaces: Path):
+    run = write_run(spaces / "a", "any.yaml")
+    check_layers(run, LAYERS)
+    with pytest.raises(IncompatibleInputError, match=rf"\({LAYERS[-1].name} differs\)"):
+        check_layers(run, LAYERS[:-1])
+    (run / "layers.json").unlink()  # stopped before it had any
+    check_layers(run, LAYERS[:-1])

@@ -357,6 +357,7 @@ def test_layers_with_hooks_of_any_kind_stay(kind: str):
     plan = Plan(model={}, layers={"a": LayerPlan("blast", 2, 4, 32, 32)})
     with pytest.raises(IncompatibleInputError, match=f"layer a: has {kind} hooks"):
         apply(model, plan)
+    apply(model, Plan(model={}, layers={"a": LayerPlan("dense", 0, 0, 32, 32)}))  # it keeps them
 
 
 def test_plans_untie_no_weights():

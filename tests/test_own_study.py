@@ -46,3 +46,24 @@ def test_a_database_that_fails_for_a_moment_is_asked_again(monkeypatch: pytest.M
     assert brief.stored == ["a trial"]
     with pytest.raises(BlastSearchError, match=r"database host/db cannot be used"):
         add_trial(gone, shared, "a trial")
+
+
+def test_a_trial_that_was_stored_twice_counts_once(tmp_path: Path):
+    shared = Storage(f"sqlite:///{tmp_path / 'shared.db'}", worker="me")
+    mine = study.Study(["x"], shared, 0)
+    (asked,) = mine.ask(0, 1)
+    outcome = study.Outcome([1.0], 0.3, 0.0, {"a": "dense"}, "weights", False)
+    mine.tell(asked, outcome, (0, 1))
+    mine.flush()
+    add_trial(mine._stored, shared, mine.trials[0])  # as where the first answer was lost
+    assert study.Study(["x"], shared, 0).sync() == 1
+
+
+def test_a_trial_that_cannot_be_stored_in_the_run_is_told_as_that(tmp_path: Path):
+    own = Storage(f"sqlite:///{tmp_path / 'study.db'}")
+    mine = study.Study(["x"], own, 0)
+    (tmp_path / "study.db").unlink()
+    (asked,) = mine.ask(0, 1)
+    mine.tell(asked, study.Outcome([1.0], 0.3, 0.0, {"a": "dense"}, "weights", False), (0, 1))
+    with pytest.raises(BlastSearchError, match=r"a trial cannot be stored in .*study\.db"):
+        mine.flush()

@@ -565,7 +565,7 @@ def test_the_bisection_tightens_and_relaxes_in_both_directions_of_a_metric(
 
 class Raising(ToyTask):
     def loss(self, model: nn.Module, batch: torch.Tensor, teacher: nn.Module) -> torch.Tensor:
-        if model is teacher:  # as it is tried before the search
+        if not any(isinstance(m, bs.BlastLinear) for m in model.modules()):  # tried before
             return super().loss(model, batch, teacher)
         raise RuntimeError("no such label")
 

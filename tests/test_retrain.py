@@ -243,6 +243,14 @@ def test_the_loss_is_tried_before_a_search():
     tried_loss(task, model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state)
+
+    def freezing(model: nn.Module, batch: torch.Tensor, teacher: nn.Module) -> torch.Tensor:
+        teacher.requires_grad_(False)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        return task.loss(model, batch, teacher)
+
+    tried_loss(Losing(freezing), model)
+    assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(
         IncompatibleInputError, match=r"loss\(\) of the first .* KeyError: 'labels'"
     ):

@@ -16,9 +16,11 @@ from command import call
 from safetensors.torch import load_file
 from test_apply import toy_plan
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from toy import ToyTask
 
 import blast_search as bs
+from blast_search.calibrate import as_batches
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import evaluate
 from blast_search.prepared import Prepared, prepare, read_calibration
@@ -288,6 +290,8 @@ def test_one_batch_in_the_place_of_several_is_refused():
         if data is not None:
             with pytest.raises(IncompatibleInputError, match="expected a list or another"):
                 bs.apply(task.model(), toy_plan(), data)
+    rows = TensorDataset(task.data[:2], task.data[:2])  # map-style: no __iter__
+    assert len(as_batches(rows)) == 2
     with pytest.raises(IncompatibleInputError, match="called with calibration batch 1"):
         bs.apply(task.model(), toy_plan(), [task.data[:2], task.data[:2, :, :3]])
 
