@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from blast_search.engine import Contender
 from blast_search.errors import FallbackWarning, IncompatibleInputError, UsageError
 from blast_search.model_latency import Timing
 from blast_search.progress import SILENT
-from blast_search.space import Call, LayerSpec, SearchSpace
+from blast_search.space import DENSE, Call, Candidate, LayerSpec, SearchSpace
 
 SPACE = SearchSpace(name="default", num_blocks=(1, 2), keep=(0.1, 0.3, 0.6))
 OPTIONS = {"space": SPACE, "workers": "local", "trials": 1, "retrain_steps": 2, "seeds": 2}
@@ -207,13 +208,14 @@ def test_kinds_without_a_plan_are_named_with_the_reason(tmp_path: Path):
 
 
 def test_a_budget_that_the_search_misses_is_exit_three_after_the_table(monkeypatch, capsys):
-    searched = SimpleNamespace(feasible=False, all_dense=False, ratio=0.61234)
+    plan = {"a": Candidate(1, 8)}
+    searched = Contender("exact", plan, timing(0.61234), 0.61234, False)
     decided = SimpleNamespace(met=False)
     text = missed(Path("c"), 0.5, decided, searched)
     assert "meets budget 0.5 (scope layers): the smallest reachable budget is about 0.613" in text
     assert text.endswith("The table is in c/compare.md.")
-    searched.all_dense = True
-    assert "keep this model dense" in missed(Path("c"), 0.5, decided, searched)
+    dense = replace(searched, choices={"a": DENSE})
+    assert "keep this model dense" in missed(Path("c"), 0.5, decided, dense)
     assert missed(Path("c"), 0.5, SimpleNamespace(met=True), searched) == ""
     found = comparison(True, row("full search", (0.5,), 0.6))
     found.facts["missed"] = text
