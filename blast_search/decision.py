@@ -29,7 +29,9 @@ from blast_search.trials import FRONT_BUDGETS, Trials, Tuned, evaluate_front
 
 FRONT_SHARE = 0.25  # of the time that is left to the search
 NEAR = 1.5  # times the least predicted loss of a uniform plan: further off, b is not judged
-RIVAL = 1.1  # times the least true loss: retraining may turn the order of such plans round
+# Times the least true loss: retraining may turn the order of such plans round.  It was 1.1; but on
+# `smollm2` at 0.5 the exact plan, 1.15 times as far off, led after 20 steps (results/compare).
+RIVAL = 1.25
 
 Pool = dict[
     str, tuple[Contender, Make]
