@@ -119,9 +119,7 @@ class Study:
         stored = stored_trials(self._stored, self.storage)
         for trial in stored:
             key = trial.user_attrs.get("id", trial.number)
-            if (
-                key not in self._seen
-            ):  # one that was stored twice: its first writing seemed to fail
+            if key not in self._seen:  # it may be there twice: the first writing seemed to fail
                 self._seen.add(key)
                 self.trials.append(trial)
         return len(self.trials)

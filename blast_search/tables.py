@@ -308,10 +308,10 @@ def layer_options(
 ) -> dict[str, list[Option]]:
     """Per layer, the candidates that are measured and scored.
 
+    A candidate slower than `floor` times dense is dropped: dense is exact and faster.
+
     Args:
         costs_of: what a layer's candidates cost, by its name (LatencyModel.costs).
-
-    A candidate slower than `floor` times dense is dropped: dense is exact and faster.
     """
     options: dict[str, list[Option]] = {}
     for layer in layers:
