@@ -282,6 +282,21 @@ def test_what_retraining_said_is_not_overruled_by_the_loss_before_it(monkeypatch
     assert found.winner.name == "uniform low rank"
 
 
+@pytest.mark.parametrize(("slower", "name"), [(1.0, "exact"), (0.85, "exact"), (1.06, "searched")])
+def test_what_retraining_said_does_not_hold_for_a_plan_that_was_tightened(
+    slower: float, name: str, monkeypatch
+):
+    world = Kinds(lambda *_: 0, losses={1: 1.0, 2: 1.2, 3: 0.99}, last={1: slower})
+    near = lambda r: world.exact(r) | {"b": Candidate(1, 3)}  # noqa: E731
+    tuned = Tuned({"a": 1.0}, near(AIM * TARGET), 20, near)
+    monkeypatch.setattr(decision, "_tuned", lambda *_: (tuned, {"a": 1.0}))
+    found = decide(
+        world, TARGET, TIMING, 20, Storage("sqlite://"), 0, lambda c: float(c.name != "exact")
+    )  # type: ignore[arg-type]
+    assert found.met
+    assert found.winner.name == name
+
+
 @dataclass
 class Together(Kinds):
     """The solver's plans take 1.2 times what is predicted, uniform ones 0.8 times."""
