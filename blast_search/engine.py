@@ -288,9 +288,10 @@ class Engine:
         return solver.front(self.options(), weights, ties_of(self.layers))
 
     def fastest(self) -> Choices:
-        """The plan of least predicted ratio, whatever it loses."""
+        """The plan of least predicted ratio, whatever it loses; all dense where none is faster."""
         if self.space.uniform:
-            return self.fastest_uniform(self.space.num_blocks) or self.dense
+            plan = self.fastest_uniform(self.space.num_blocks) or self.dense
+            return plan if (self.predicted_ratio(plan) or 0.0) < 1 else self.dense
         if self.latency.workloads:
             return solver.least(self.exact)[1]
         return self.front().choices(0)

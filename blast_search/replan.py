@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from blast_search import solver
 from blast_search.document import number, pick
 from blast_search.engine import Engine
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError, UsageError
@@ -43,9 +43,11 @@ def plan_at(run: Path, ratio: float) -> Plan:
             f"or measure them again with --resume {run}."
         ) from None
     except InfeasibleBudgetError:
-        smallest, choices = _fastest(engine)
+        choices = engine.fastest()
+        smallest = engine.predicted_ratio(choices) or 0.0
         error = InfeasibleBudgetError(
-            f"no plan has a predicted layer ratio of {ratio:g}; the smallest is {smallest:.3f}: "
+            f"no plan has a predicted layer ratio of {ratio:g}; the smallest is "
+            f"{math.ceil(1000 * smallest) / 1000:.3f}: "  # rounded up: it can be asked for
             f"{why_no_faster(choices)}."
         )
         error.nearest = _plan(base, engine, ratio, choices)
@@ -78,14 +80,6 @@ def _plan(base: Plan, engine: Engine, ratio: float, choices: Choices) -> Plan:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         weights_sha256="",
     )
-
-
-def _fastest(engine: Engine) -> tuple[float, Choices]:
-    """The smallest predicted ratio, and its plan: all dense where a uniform space has none."""
-    try:
-        return solver.least(engine.exact)
-    except InfeasibleBudgetError:
-        return 1.0, engine.dense
 
 
 def latency_ms(base: Plan, layer_ratio: float | None) -> float | None:

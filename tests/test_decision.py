@@ -444,3 +444,16 @@ def test_uniform_plans_come_in_fine_steps_also_where_little_is_kept(ratio: float
     )
     found: Any = Engine.largest_uniform(engine, 1, ratio)
     assert 0.98 * ratio < found <= ratio
+
+
+@pytest.mark.parametrize(("slower", "fastest"), [(0.9, plan(8)), (1.1, plan(0))])
+def test_the_fastest_plan_is_dense_where_every_uniform_one_is_slower(
+    slower: float, fastest: Choices
+):
+    engine: Any = SimpleNamespace(
+        space=SearchSpace(uniform=True),
+        fastest_uniform=lambda _blocks: plan(8),
+        predicted_ratio=lambda _plan: slower,
+        dense=plan(0),
+    )
+    assert Engine.fastest(engine) == fastest
