@@ -279,19 +279,18 @@ def uniform_contenders(
 ) -> dict[str, tuple[Contender, Make]]:
     """The uniform plans among `first_plans`, each with what makes its kind at other ratios."""
     found: dict[str, tuple[Contender, Make]] = {}
-    correction = engine.latency.correction
     for key, (name, make) in kinds.items():
         contender = met[name]
         if contender is None and key == "uniform_blast" and (blocks := _blocks(engine)):
             # None is fast enough on this device: the fastest one is shown, over the budget.
             choices = engine.fastest_uniform(blocks)
-            contender = meet(engine, name, lambda _, c=choices: c, target) if choices else None  # type: ignore[misc]
+            with engine.latency.kept():
+                contender = meet(engine, name, lambda _, c=choices: c, target) if choices else None  # type: ignore[misc]
         if contender and not contender.all_dense:
             found[key] = contender, make
             loss = engine.true_loss(name, contender.choices)
             blocks_used = max(c.num_blocks for c in contender.choices.values())
             engine.note_point(f"uniform b{blocks_used}", contender.choices, loss)
-    engine.latency.correction = correction
     return found
 
 

@@ -179,12 +179,8 @@ class Finish:
         asked = self.settings.budget is not None and self.settings.time_limit is None
         if not asked or not best.name.startswith("uniform"):
             return None
-        latency = self.engine.latency
-        correction = latency.correction
-        try:
+        with self.engine.latency.kept():  # predictions on file are those of the decision
             return filled(self.engine, decision, best)
-        finally:  # whether it is kept or not: predictions on file are those of the decision
-            latency.correction = correction
 
     def best(self, contenders: dict[str, Contender], values: dict[str, float]) -> str:
         """The contender within the budget with the best metric; the searched plan wins ties.

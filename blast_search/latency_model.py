@@ -10,7 +10,8 @@ to the plans of one kind that the closed loop builds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -44,6 +45,20 @@ class LatencyModel:
     changes: int = 0  # of the table, so far
     _costs: dict[str, dict[Candidate, float]] = field(default_factory=dict)
     _between: dict[tuple[int, Candidate], float | None] = field(default_factory=dict)
+
+    @contextmanager
+    def kept(self, correction: float | None = None) -> Iterator[None]:
+        """Whatever corrects the model within it, the correction of before is put back.
+
+        Args:
+            correction: the one to begin with, instead of that of before.
+        """
+        before = self.correction
+        self.correction = before if correction is None else correction
+        try:
+            yield
+        finally:
+            self.correction = before
 
     @cached_property
     def parts(self) -> tuple[LatencyModel, ...]:

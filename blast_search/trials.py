@@ -266,18 +266,15 @@ class Trials:
         plan = _choices(best.plan)
         key = digest(plan)
         if key not in self._tangents:
-            began, latency = time.monotonic(), self.engine.latency
-            # As during the trials: a resumed run may get here when it has been corrected since.
-            corrected, latency.correction = latency.correction, self.correction
+            began, self._steps = time.monotonic(), {}
             try:
-                self._steps = {}
-                self._tangents = {key: self.engine.tangent(plan, best.loss, self.deadline)}
+                # As during the trials: a resumed run may get here when it was corrected since.
+                with self.engine.latency.kept(self.correction):
+                    self._tangents = {key: self.engine.tangent(plan, best.loss, self.deadline)}
             except RuntimeError as error:
                 self._tangents = {key: None}
                 what = " ".join(str(error).split())[:200]
                 self.engine.report.say(f"no steps along the gradient at a plan: {what}")
-            finally:
-                latency.correction = corrected
             self.evaluating += time.monotonic() - began
         return self._tangents[key]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,11 @@ from blast_search.deadline import FOREVER, Deadline
 from blast_search.engine import AIM
 from blast_search.hull import grouped
 from blast_search.judge import HOPELESS
+from blast_search.latency_model import LatencyModel
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
 from blast_search.space import DENSE, Call, Candidate, LayerSpec
-from blast_search.tables import Option, Score
+from blast_search.tables import LatencyTable, Option, Score
 from blast_search.tangent import Change, Tangent, near
 
 TYPES = ("q", "k", "v", "o", "up", "down")
@@ -60,7 +60,7 @@ class Landscape:
         self.order = [0, 1, 2, 3]
         self.batch_factors = 1 + 0.1 * rng.normal(0, 1, 4)
         self.report, self.scorer = Silent(), self
-        self.latency = SimpleNamespace(correction=1.0)
+        self.latency = LatencyModel((), LatencyTable("some"))
         self.additivity: dict[str, Any] = {}
         self.tuning: dict[str, Any] = {}
         self.asked: list[str] = []  # what was built, and batches seen

@@ -19,11 +19,13 @@ from blast_search.engine import AIM, Contender, Engine
 from blast_search.errors import InfeasibleBudgetError
 from blast_search.judge import BROKEN
 from blast_search.last_timing import FASTEST, Decision, final
+from blast_search.latency_model import LatencyModel
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.settings import layer_target
 from blast_search.space import Candidate, SearchSpace
 from blast_search.storage import Storage
+from blast_search.tables import LatencyTable
 from blast_search.trials import Tuned
 
 TARGET = 0.3
@@ -35,7 +37,7 @@ class World:
     """One layer: rank r is predicted at correction * r / 1000, and loses 1/r."""
 
     real: Callable[[int, int], float]  # rank, number of the timing -> measured ratio
-    latency: Any = field(default_factory=lambda: SimpleNamespace(correction=1.0))
+    latency: Any = field(default_factory=lambda: LatencyModel((), LatencyTable("some")))
     report: Any = field(default_factory=lambda: Loud())
     timed: list[int] = field(default_factory=list)
     rounds: list[Any] = field(default_factory=list)

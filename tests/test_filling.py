@@ -17,6 +17,7 @@ from blast_search.engine import Contender, Engine
 from blast_search.filling import FILLED, filled, no_worse, own
 from blast_search.finish import Finish
 from blast_search.last_timing import Decision
+from blast_search.latency_model import LatencyModel
 from blast_search.pipeline import opened
 from blast_search.progress import SILENT
 from blast_search.settings import Settings
@@ -75,7 +76,7 @@ def test_predictions_on_file_stay_those_of_the_decision(monkeypatch):
 
     monkeypatch.setattr("blast_search.finish.filled", fill)
     done = object.__new__(Finish)
-    done.engine = SimpleNamespace(latency=SimpleNamespace(correction=1.2))  # type: ignore[assignment]
+    done.engine = SimpleNamespace(latency=LatencyModel((), LatencyTable("some"), 1.2))  # type: ignore[assignment]
     done.settings = SimpleNamespace(budget=0.5, time_limit=None)  # type: ignore[assignment]
     assert done.filled(None, SimpleNamespace(name="uniform BLAST")) is None  # type: ignore[arg-type]
     assert done.engine.latency.correction == 1.2
