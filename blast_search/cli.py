@@ -197,13 +197,18 @@ def run_guarded(command: Callable[[], Any], verbose: bool = False, as_json: bool
     try:
         with stdout_on_stderr() if as_json else nullcontext():
             code, value = _outcome(command, verbose)
-        if as_json and isinstance(value, dict):
+        if as_json and isinstance(value, dict) and _speaks():
             emit(value)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads stdout has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the last flush would fail, too
         return 128 + signal.SIGPIPE
     return code
+
+
+def _speaks() -> bool:
+    """Whether this process answers on stdout: of those that torchrun started, the first one."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _outcome(command: Callable[[], Any], verbose: bool) -> tuple[int, Any]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from blast_search.apply import duplicate
 from blast_search.batches import Batch, anywhere, evaluating, to_device
+from blast_search.distributed import ALONE, Team
 from blast_search.errors import IncompatibleInputError, UsageError, in_one_line
 from blast_search.evaluate import Task, evaluate, worse_by
 from blast_search.fused import differentiable, unfused
@@ -66,11 +68,13 @@ def retrain(
     report: Reporter = SILENT,
     name: str = "retrain",
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    team: Team = ALONE,
 ) -> list[float]:
     """Train the model in place against the teacher; returns the loss of every step.
 
     Args:
         steps, learning_rate: default to the task's recipe.
+        team: the processes that train it together, each called with the same arguments.
         seed: of the batches, and of PyTorch's generator, for losses that draw; equal seeds give
             equal batches and draws to every contender, and after a resume.
 
@@ -86,10 +90,10 @@ def retrain(
     parameters = trainable_parameters(model)
     if not parameters or steps == 0:
         return []
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + team.rank)
     losses: list[float] = []
     device = parameters[0].device
-    dtype, batches = autocast_dtype(device, teacher), _endless(task, seed)
+    dtype, batches = autocast_dtype(device, teacher), team.share(_endless(task, seed))
     with _training(model, teacher, parameters), anywhere(model, teacher):
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _rate(s, steps))
@@ -97,7 +101,7 @@ def retrain(
             for step in range(steps):
                 batch = to_device(next(batches), model)
                 loss = _loss(task, model, batch, teacher, dtype)
-                losses.append(_descend(loss, optimizer, parameters))
+                losses.append(_descend(loss, optimizer, parameters, team))
                 schedule.step()
                 on_step(step, losses[-1])
                 advance()
@@ -205,6 +209,7 @@ def recover(
     slower: Sequence[float] = (1, SLOWER),
     report: Reporter = SILENT,
     name: str = "",
+    team: Team = ALONE,
 ) -> Recovery:
     """Retrain a new model of `build`, and throw it away where that made the metric worse.
 
@@ -215,6 +220,7 @@ def recover(
         before: the metric without retraining.
         slower: by what the learning rate is divided, try by try.
         name: of what is retrained, for messages.
+        team: the processes that train together; where one of them fails, nothing is tried again.
 
     Raises:
         UsageError: fewer than 0 steps.
@@ -225,10 +231,14 @@ def recover(
         model, failure = build(), None
         stage = f"retrain {name}".strip() + (f" at 1/{lower:g} of the rate" if lower > 1 else "")
         try:
-            done = len(retrain(task, model, teacher, steps, seed, rate / lower, report, stage))
-            value = evaluate(task, model)
+            done = len(
+                retrain(task, model, teacher, steps, seed, rate / lower, report, stage, team=team)
+            )
+            value = team.told(partial(evaluate, task, model))
             harm = f"made {name or 'it'} worse ({before:.4g} before, {value:.4g} after)"
         except IncompatibleInputError as error:
+            if team.size > 1:  # the others may not know of it
+                raise
             value, failure = float("nan"), error
             harm = f"failed{f' for {name}' if name else ''} ({error})"
         if worse_by(task, value, before) <= 0:
@@ -291,16 +301,17 @@ def _floats(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _descend(
-    loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
+    loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], team: Team
 ) -> float:
     """One step; a loss or gradient that is not finite is skipped, not applied."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
+    loss = team.average(loss, parameters)
     norm = nn.utils.clip_grad_norm_(parameters, 1.0)
     if not bool(norm.isfinite() & loss.isfinite().all()):  # the step's one wait for the device
         optimizer.zero_grad(set_to_none=True)
     optimizer.step()  # leaves parameters without a gradient as they are
-    return float(loss.detach())
+    return float(loss)
 
 
 def _rate(step: int, steps: int) -> float:

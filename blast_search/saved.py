@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from blast_search import load, save
 from blast_search.apply import WEIGHTS, duplicate
 from blast_search.batches import move_model
 from blast_search.calibrate import as_batches
+from blast_search.distributed import Team, joined
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.evaluate import (
     Task,
@@ -169,28 +171,38 @@ def retrain(
     """Train an applied model against its dense original; save it if it is not worse for that.
 
     Where it is worse, also at a lower rate, `folder` stays as it is; another `out` gets the model
-    as it was.
+    as it was.  Under torchrun, its processes train together, and the first one saves.
 
     Raises:
         IncompatibleInputError: the last try failed (no batches, a loss that is not finite).
     """
     plan = _saved_plan(folder)
-    with leaving(out or folder, folder):
-        return _retrained(folder, plan, _task_of(plan, task), steps, out or folder, seed, report)
+    with joined() as team:
+        report = report if team.first else Reporter(0, report.check)
+        with leaving(out or folder, folder) if team.first else nullcontext():
+            loaded = _task_of(plan, task)
+            return _retrained(folder, plan, loaded, steps, out or folder, seed, report, team)
 
 
 def _retrained(
     folder: Path, plan: Plan, loaded: Task, steps: int | None, target: Path, seed: int,
-    report: Reporter,
+    report: Reporter, team: Team,
 ) -> dict[str, Any]:  # fmt: skip
     factory = _fresh(lambda: dense_model(loaded), plan)
-    before = evaluate(loaded, load(folder, factory))
+    before = team.told(lambda: evaluate(loaded, load(folder, factory)))
     found = recover(
-        loaded, lambda: load(folder, factory), factory(), before, steps, seed, report=report
-    )
+        loaded, lambda: load(folder, factory), factory(), before, steps, seed, report=report,
+        team=team,
+    )  # fmt: skip
     if found.error:
         raise found.error
     kept, name = found.model is not None, loaded.metric[0]
+    result = {
+        "folder": str(target), "steps": found.steps, "processes": team.size,
+        "metric": {"name": name, "before": before, "after": found.metric}, "kept": kept,
+    }  # fmt: skip
+    if not team.first:
+        return result
     text = f"{name}: {before:.4g} before, {found.metric:.4g} after {found.steps} steps"
     if found.model is not None:
         if "metric" in plan.measured:
@@ -204,8 +216,7 @@ def _retrained(
             save(load(folder, factory), target, plan)
             held = f"{target} holds the model as it was"
         Reporter().say(f"{text}, which is worse: {held}.")  # no progress: said with -q, too
-    metric = {"name": name, "before": before, "after": found.metric}
-    return {"folder": str(target), "steps": found.steps, "metric": metric, "kept": kept}
+    return result
 
 
 def verify(
