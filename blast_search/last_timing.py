@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from blast_search.closed_loop import CLOSE, Make, bounded, meet
 from blast_search.engine import Contender, Engine
+from blast_search.errors import InfeasibleBudgetError
 from blast_search.model_latency import Timing
 from blast_search.plan import Choices
 from blast_search.runfolder import digest
@@ -95,7 +96,10 @@ def larger(engine: Engine, winner: Contender, make: Make, target: float) -> Cont
         return None
     asked = engine.latency.asked_correction(winner.choices, winner.ratio)
     engine.latency.correction = bounded(asked)
-    choices = make(engine.aim * target)
+    try:
+        choices = make(engine.aim * target)
+    except InfeasibleBudgetError:  # a kind that finds some plans only, as samplers do
+        return None
     if digest(choices) == digest(winner.choices):
         return None
     engine.report.detail(f"  final timing {winner.ratio:.3f} leaves room below {target:.3f}")

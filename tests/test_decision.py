@@ -105,6 +105,18 @@ def test_a_larger_plan_that_does_not_hold_is_not_taken():
     assert decision.winner.ratio <= TARGET
 
 
+def test_a_winner_that_leaves_room_stays_where_its_kind_has_no_larger_plan():
+    world = World(lambda r, _: 0.8 * r / 1000)
+
+    def make(_ratio: float) -> Choices:
+        raise InfeasibleBudgetError("none was found")
+
+    winner = Contender("TPE", plan(290), TIMING, 0.29, True)
+    found = final(world, winner, make, {}, TARGET, TIMING, 0)  # type: ignore[arg-type]
+    assert found.met
+    assert found.winner.choices == plan(290)
+
+
 def test_a_winner_over_the_budget_is_tightened():
     world = World(lambda r, _: 1.1 * r / 1000)
     decision = world.final(290)
