@@ -76,7 +76,8 @@ def factorize(
     Raises:
         ValueError: num_blocks does not divide both sides, rank < 1, a Gram or `initial` of other
             size, an unknown option, or precgd with a full Gram.
-        IncompatibleInputError: NaN or infinity in the weight or the Gram.
+        IncompatibleInputError: NaN or infinity in the weight, the Gram or the factors, or a Gram
+            that is not positive semi-definite.
 
     Warns:
         SingularGramWarning: the Gram is singular (not checked where `basis` is given:
@@ -288,7 +289,13 @@ def _stack(layers: Sequence[Factors]) -> Triple:
 
 def _finished(a: Tensor, gram: Tensor | None, factors: Triple, normal: bool = True) -> Factors:
     u, s, v = balanced(factors) if normal else factors
-    return Factors(u, v, s, relative_error(a, (u, s, v), gram))
+    error = relative_error(a, (u, s, v), gram)
+    if not math.isfinite(error):
+        raise IncompatibleInputError(
+            f"no finite factors: the weight's largest element is {float(a.abs().max()):.2g}, too "
+            "large for what is squared on the way. Scale it down."
+        )
+    return Factors(u, v, s, error)
 
 
 def _precgd(

@@ -19,7 +19,8 @@ def regularised(gram: Tensor) -> Tensor:
     """The Gram (n, n) over its mean diagonal, plus a ridge of `RIDGE`; (n,) is a diagonal.
 
     Raises:
-        IncompatibleInputError: not finite (NaN in the calibration data).
+        IncompatibleInputError: not finite (NaN in the calibration data), or below zero somewhere
+            on its diagonal.
     """
     if not bool(gram.isfinite().all()):
         raise IncompatibleInputError(
@@ -27,6 +28,11 @@ def regularised(gram: Tensor) -> Tensor:
             "holds NaN or infinity. Check the calibration batches."
         )
     gram = torch.diag(gram) if gram.dim() == 1 else (gram + gram.T) / 2
+    if bool((gram.diagonal() < 0).any()):
+        raise IncompatibleInputError(
+            "the Gram of a layer's inputs has negative elements on its diagonal, expected "
+            "E[x x^T] or X^T X."
+        )
     scale = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     return gram / scale + RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from blast_search.errors import IncompatibleInputError
 from blast_search.factors import Factors
 from blast_search.gram import regularised, warn_if_singular
 
@@ -75,7 +76,13 @@ def whitened_svd(weight: Tensor, g: Tensor | None, max_rank: int = 0) -> LowRank
     if m <= n:
         energy, left = torch.linalg.eigh(a @ (a.T if g is None else g @ a.T))
     else:
-        al = a if g is None else a @ torch.linalg.cholesky(g)
+        root, info = (None, 0) if g is None else torch.linalg.cholesky_ex(g)
+        if int(info):
+            raise IncompatibleInputError(
+                "the Gram of a layer's inputs is not positive semi-definite, expected E[x x^T] or "
+                "X^T X."
+            )
+        al = a if root is None else a @ root
         energy, right = torch.linalg.eigh(al.T @ al)
         left = al @ right / energy.clamp_min(energy.max() * 1e-14 + 1e-300).sqrt()
     total = float((a * (a if g is None else a @ g)).sum())

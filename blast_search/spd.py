@@ -49,7 +49,12 @@ def conjugate_gradients(h: Tensor, rhs: Tensor, steps: int) -> Tensor:
     rho = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):
         hd = h @ direction
-        alpha = rho / (direction * hd).sum(1, keepdim=True).clamp_min(tiny)
+        curve = (direction * hd).sum(1, keepdim=True)
+        # Where nothing but rounding is left, the direction lies in the null space of a singular h:
+        # a step along it would be huge.
+        rounding = h.shape[-1] * torch.finfo(h.dtype).eps
+        least = rounding * (direction.square() / inverse).sum(1, keepdim=True)
+        alpha = torch.where(curve > least, rho / curve.clamp_min(tiny), 0.0)
         x = x + alpha * direction
         residual = residual - alpha * hd
         z = inverse * residual

@@ -147,6 +147,28 @@ def test_from_linear_and_conv1d_agree():
     torch.testing.assert_close(*ours)
 
 
+@pytest.mark.parametrize(("size", "b", "rank"), [(64, 64, 3), (8, 8, 2), (64, 32, 6)])
+def test_blocks_of_single_elements_are_fitted(size: int, b: int, rank: int):
+    """Their systems are singular, and solved after a step or two; the next ones are rounding."""
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    for dtype, most in ((torch.float32, 1e-4), (torch.float64, 1e-6)):
+        assert factorize(weight.to(dtype), b, rank).error < most
+
+
+def test_what_no_number_can_hold_is_refused():
+    weight = torch.randn(16, 16)
+    for b in (1, 4):
+        with pytest.raises(IncompatibleInputError, match="largest element is"):
+            factorize(weight * 1e30, b, 4)
+    gram = torch.eye(16)
+    gram[3, 3] = -1
+    with pytest.raises(IncompatibleInputError, match="negative elements on its diagonal"):
+        factorize(weight, 4, 4, gram)
+    gram = torch.eye(16) * 0.1 + 1 - 2 * torch.eye(16).flip(0)
+    with pytest.raises(IncompatibleInputError, match="not positive semi-definite"):
+        factorize(torch.randn(32, 16), 4, 4, gram)
+
+
 def test_refusals():
     weight, gram = weight_and_gram()
     with pytest.raises(ValueError, match="must divide both sides"):
