@@ -161,23 +161,32 @@ class BlastLinear(nn.Module):
         x = input  # nn.Linear's name for it: layers may be called with layer(input=x)
         # nn.Module looks up each attribute in several places: 3 us, a tenth of a small layer.
         own = self._parameters
-        if "U" not in own or torch.compiler.is_compiling():  # parametrised, or sharded by FSDP
+        whole = "U" in own and "V" in own and "bias" in own  # not parametrised, pruned, sharded
+        if not whole or torch.compiler.is_compiling():
             return blast_matmul(x, self.U, self.S, self.V, self.bias)
         if "S" in own:
             return blast_matmul(x, own["U"], own["S"], own["V"], own["bias"])  # type: ignore[arg-type]
         # Asked of U first: a symbolic trace knows nothing of x.
-        if own["U"].is_cuda and not product.observed(x) and x.numel() > self.in_features:  # type: ignore[union-attr]
+        many = own["U"].is_cuda and not product.observed(x) and x.numel() > self.in_features  # type: ignore[union-attr]
+        if many and "S" in self._buffers:
             # Two launches; a third one for couplings of one would be a tenth of the time.  For a
             # single token there is a faster kernel.
             return kernels.composed.low_rank(x, self.U, None, self.V, self.bias)
         return blast_matmul(x, own["U"], self.S, own["V"], own["bias"])  # type: ignore[arg-type]
 
     def set_factors(self, factors: Factors) -> None:
-        """Copy factors of this layer's shapes into the parameters."""
+        """Copy factors into the parameters.
+
+        Raises:
+            ValueError: they have other shapes than this layer's.
+        """
+        given = (factors.U, factors.S, factors.V)
+        pairs = list(zip((self.U, self.S, self.V), given, strict=True))
+        for own, value in pairs:
+            if own.shape != value.shape:
+                raise ValueError(f"a factor is {tuple(value.shape)}, expected {tuple(own.shape)}.")
         with torch.no_grad():
-            for own, value in zip(
-                (self.U, self.S, self.V), (factors.U, factors.S, factors.V), strict=True
-            ):
+            for own, value in pairs:
                 own.copy_(value)
             self._fold()
 

@@ -24,13 +24,11 @@ from blast_search import kernels
 
 
 def _forward(
-    x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, keep: bool = False
+    rows: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    rows = _rows(x)
     _check(rows, u, s, v, bias)
-    b, p, r = u.shape
-    y, z = kernels.forward(rows, u, s, v, bias, _choose(rows, b, r), keep)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], b * p), z
+    b, _, r = u.shape
+    return kernels.forward(rows, u, s, v, bias, _choose(rows, b, r), keep)
 
 
 def _check(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> None:
@@ -89,6 +87,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
+    """x and y are rows: whatever is done to y in place, as by an activation, a view forbids."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None
@@ -113,8 +113,10 @@ def eager(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Te
     ):
         if len(u) == 1 and not (x.is_cpu and kernels.emulated(x.dtype)):
             return kernels.composed.low_rank(x, u, s, v, bias)
-        return _Product.apply(x, u, s, v, bias)  # type: ignore[no-any-return,no-untyped-call]
-    return _forward(x, u, s, v, bias)[0]
+        y: Tensor = _Product.apply(_rows(x), u, s, v, bias)  # type: ignore[no-untyped-call]
+    else:
+        y = _forward(_rows(x), u, s, v, bias)[0]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
 def observed(x: Tensor) -> bool:
@@ -150,7 +152,10 @@ def plain(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Te
     schema="(Tensor x, Tensor u, Tensor s, Tensor v, Tensor? bias) -> Tensor",
 )
 def _operator(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    return _forward(x, u, s, v, bias)[0]
+    y = _forward(_rows(x), u, s, v, bias)[0]
+    # No view of it may leave an operator with a gradient (see _Product).
+    shape = (*x.shape[:-1], y.shape[1])
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, shape)  # type: ignore[no-any-return]
 
 
 @_operator.register_fake
@@ -191,7 +196,8 @@ _operator.register_autograd(_operator_gradients, setup_context=_setup)
 
 def matmul(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """The product as one operator call."""
-    _register_formulas()
+    if not torch.compiler.is_compiling():  # which counts nothing, and cannot trace that
+        _register_formulas()
     return torch.ops.blast_search.matmul(x, u, s, v, bias)  # type: ignore[no-any-return]
 
 

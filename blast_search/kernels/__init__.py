@@ -209,4 +209,7 @@ def backward(
             )
         dx, du, ds, dv = (None if t is None else t.to(x.dtype) for t in found)
         return dx, du, ds, dv
-    return composed.backward(grad, x, u, s, v, z, needs, coupling(name))
+    # A loss's backward pass may be called within autocast: products would come out in another
+    # dtype than the tensors beside them.
+    with torch.autocast(x.device.type, enabled=False):
+        return composed.backward(grad, x, u, s, v, z, needs, coupling(name))

@@ -50,11 +50,12 @@ def forward(
     tokens, n = x.shape
     s, ut = s.contiguous(), u.mT
     blocks = x.as_strided((b, tokens, n // b), (n // b, x.stride(0), 1))
-    y = x.new_empty(tokens, b, p)
+    result = x.new_empty(tokens, b * p)  # no view: an autograd function could not return one
+    y = result.view(tokens, b, p)
     if keep or not x.is_cpu:
         z = torch.bmm(blocks, v)
         _up(module.couple(z, s), ut, bias, y)
-        return y.view(tokens, b * p), z if keep else None
+        return result, z if keep else None
     step = max(MIN_PASS, PASS_NUMBERS // (b * r))
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
@@ -64,7 +65,7 @@ def forward(
         z, w = (space.as_strided(shape, strides, k * b * len(out) * r) for k in (0, 1))
         torch.bmm(part, v, out=z)
         _up(module.couple(z, s, w), ut, bias, out)
-    return y.view(tokens, b * p), None
+    return result, None
 
 
 def _up(w: Tensor, ut: Tensor, bias: Tensor | None, out: Tensor) -> None:
