@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from blast_search.errors import IncompatibleInputError, in_one_line
@@ -51,6 +52,8 @@ def to_device(batch: Any, model: nn.Module) -> Any:
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, dtype if value.is_floating_point() else None)
+        if isinstance(value, PackedSequence):  # its batch_sizes stay on the CPU
+            return value.to(device=device, dtype=move(value.data).dtype)  # type: ignore[call-arg]
         if isinstance(value, Mapping):
             moved = {key: move(item) for key, item in value.items()}
             if type(value) is dict or not isinstance(value, MutableMapping):
@@ -128,12 +131,14 @@ def anywhere(*models: nn.Module) -> Iterator[None]:
                     return output
 
                 def back(value: Any) -> Any:
+                    if isinstance(value, PackedSequence):
+                        return value.to(device=first.device, dtype=back(value.data).dtype)  # type: ignore[call-arg]
                     if not isinstance(value, Tensor):
                         return value
                     cast = None if same or not value.is_floating_point() else first.dtype
                     return value.to(first.device, cast)
 
-                return tree_map(back, output)
+                return tree_map(back, output, is_leaf=lambda v: isinstance(v, PackedSequence))
 
             hooks = (
                 model.register_forward_pre_hook(arrive, with_kwargs=True),

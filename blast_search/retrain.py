@@ -34,13 +34,15 @@ SLOWER = 4  # a retraining that made things worse gets a learning rate so many t
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """BLAST factors, all biases, and all parameters of normalisation layers."""
+    """BLAST factors, all biases (of PyTorch's attention and RNNs, too: in_proj_bias, bias_ih_l0),
+    and all parameters of normalisation layers."""
     chosen: dict[int, nn.Parameter] = {}
     for module in model.modules():
         norm = "norm" in type(module).__name__.lower()
         for name, parameter in module.named_parameters(recurse=False):
             factors = isinstance(module, BlastLinear | StructuredLinear)
-            if factors or norm or name == "bias":
+            bias = name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+            if (factors or norm or bias) and parameter.is_floating_point():
                 chosen[id(parameter)] = parameter
     return list(chosen.values())
 
@@ -84,7 +86,7 @@ def retrain(
             a finite value, or there are no batches.
     """
     steps = _steps(task, steps)
-    rate = learning_rate or float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
+    rate = _rate_of(task) if learning_rate is None else learning_rate
     if steps < 0:
         raise UsageError(f"retraining steps are {steps}, expected 0 or more.")
     parameters = trainable_parameters(model)
@@ -116,6 +118,10 @@ def retrain(
 def _steps(task: Task, steps: int | None) -> int:
     """Retraining steps as asked, or the task's recipe."""
     return int(getattr(task, "train_steps", DEFAULT_STEPS)) if steps is None else steps
+
+
+def _rate_of(task: Task) -> float:
+    return float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
 
 
 def _loss(
@@ -225,7 +231,7 @@ def recover(
     Raises:
         UsageError: fewer than 0 steps.
     """
-    rate = float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
+    rate = _rate_of(task)
     value, done, failure = float("nan"), 0, None
     for lower in slower:
         model, failure = build(), None

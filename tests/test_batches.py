@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_layers import found
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from toy import ToyTask
 
 from blast_search.batches import anywhere, to_device
@@ -97,6 +98,20 @@ def test_inputs_get_the_dtype_of_floating_parameters_only():
         assert torch.equal(moved["x"], batch["x"].to(dtype))
         assert moved["ids"].dtype is torch.int64
         assert moved["phases"].dtype is torch.complex64
+
+
+def test_packed_sequences_move_with_their_sizes_left_on_the_cpu():
+    packed = pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    moved = to_device(packed, nn.Linear(4, 4, dtype=torch.bfloat16, device="meta"))
+    assert isinstance(moved, PackedSequence)
+    assert moved.data.is_meta
+    assert moved.data.dtype is torch.bfloat16
+    assert moved.batch_sizes.is_cpu
+    rnn = nn.GRU(4, 4).bfloat16()
+    with anywhere(rnn):
+        output, _ = rnn(packed)
+    assert isinstance(output, PackedSequence)
+    assert output.data.dtype is torch.float32
 
 
 def test_outputs_come_back_in_their_dtype_whatever_the_first_parameter_is():

@@ -75,6 +75,26 @@ def test_equal_seeds_give_equal_losses_also_where_the_task_draws(monkeypatch):
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_biases_are_trained_whatever_pytorch_calls_them():
+    model = nn.ModuleDict({
+        "rnn": nn.LSTM(4, 4), "attention": nn.MultiheadAttention(4, 2), "norm": nn.LayerNorm(4),
+        "table": nn.ParameterDict({"relative_position_bias_table": torch.zeros(3)}),
+    })  # fmt: skip
+    model["norm"].register_parameter("steps", nn.Parameter(torch.tensor(3), requires_grad=False))
+    chosen = {id(p) for p in trainable_parameters(model)}
+    assert {name for name, p in model.named_parameters() if id(p) in chosen} == {
+        "rnn.bias_ih_l0", "rnn.bias_hh_l0", "attention.in_proj_bias", "attention.out_proj.bias",
+        "norm.weight", "norm.bias",
+    }  # fmt: skip
+
+
+def test_a_learning_rate_of_zero_moves_nothing():
+    model, teacher = compressed(torch.float32)
+    before = [p.detach().clone() for p in model.parameters()]
+    retrain(ToyTask(), model, teacher, 2, learning_rate=0.0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def test_training_data_that_ends_is_read_again(monkeypatch):
     batches = ToyTask.train_batches
     seeds: list[int] = []
@@ -165,9 +185,9 @@ def rates(monkeypatch) -> list[float]:
     )
     seen: list[float] = []
 
-    def noted(task, model, teacher, steps, seed, rate, *rest):
+    def noted(task, model, teacher, steps, seed, rate, *rest, **more):
         seen.append(rate)
-        return retrain(task, model, teacher, steps, seed, rate, *rest)
+        return retrain(task, model, teacher, steps, seed, rate, *rest, **more)
 
     monkeypatch.setattr(importlib.import_module("blast_search.retrain"), "retrain", noted)
     return seen
