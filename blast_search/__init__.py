@@ -9,7 +9,7 @@ The pipeline, in order:
     sensitivity  what every candidate costs in quality
     solver       the exact choice per layer; study: Optuna, judged by the true loss
     engine       solve, build, measure, correct, until the measured budget holds
-    apply        plan -> model; save and load, bit-exact
+    apply        plan -> model; modelfolder: save and load, bit-exact
     refresh      the same plan on an updated checkpoint, from the old factors
     scratch      or: plan -> untrained model, and the learning rates that train it
     retrain      distillation from the dense model
@@ -22,7 +22,8 @@ from blast_search.matrix import BlastLinear, blast_matmul  # isort: skip
 from blast_search.factors import Factors  # isort: skip
 from blast_search.factorize import factorize, factorize_grid, factorize_many  # isort: skip
 from blast_search.plan import Plan  # isort: skip
-from blast_search.apply import apply, load, save  # isort: skip
+from blast_search.apply import apply  # isort: skip
+from blast_search.modelfolder import load, save  # isort: skip
 from blast_search.refresh import refresh  # isort: skip
 from blast_search.scratch import from_scratch, parameter_groups, uniform_plan  # isort: skip
 from blast_search.evaluate import Task, evaluate  # isort: skip

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from blast_search.apply import attach, copied, duplicate, final_modules, load, save
+from blast_search.apply import attach, copied, duplicate, final_modules
 from blast_search.engine import Contender, Engine
 from blast_search.errors import IncompatibleInputError, in_one_line
 from blast_search.evaluate import evaluate, worse_by
 from blast_search.judge import BROKEN
+from blast_search.modelfolder import load, save
 from blast_search.plan import Plan
 from blast_search.retrain import DEFAULT_STEPS, SLOWER, recover, retrain
 from blast_search.runfolder import digest

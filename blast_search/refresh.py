@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blast_search.apply import attach, load, plan_layers
+from blast_search.apply import attach, plan_layers
 from blast_search.batches import Batch
 from blast_search.calibrate import as_batches, collect_grams
 from blast_search.errors import IncompatibleInputError
@@ -22,6 +22,7 @@ from blast_search.factorize import factorize
 from blast_search.factors import Factors, relative_error
 from blast_search.layers import dense_weight
 from blast_search.matrix import BlastLinear
+from blast_search.modelfolder import load
 from blast_search.plan import Plan
 from blast_search.progress import SILENT, Reporter
 

@@ -119,7 +119,8 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The model's state_dict, all of which a saved model holds.
 
     Raises:
-        IncompatibleInputError: some of it is no tensor (a quantised module's, a get_extra_state).
+        IncompatibleInputError: some of it is no tensor (a quantised module's, a get_extra_state),
+            or a sparse one.
     """
     state: dict[str, Any] = model.state_dict()
     for name, value in state.items():
@@ -133,6 +134,11 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
             raise IncompatibleInputError(
                 f"{name} is a {type(value).__name__}, and models are saved as tensors only. Have "
                 "get_extra_state return a tensor, or keep it out of the model."
+            )
+        if value.layout is not torch.strided:
+            raise IncompatibleInputError(
+                f"{name} is a tensor of layout {value.layout}, and models are saved as dense "
+                "tensors only. Register it with persistent=False, or keep it dense."
             )
     return state
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from blast_search import apply as apply_plan
 from blast_search import load, save
-from blast_search.apply import WEIGHTS, duplicate
+from blast_search.apply import duplicate
 from blast_search.batches import move_model
 from blast_search.calibrate import as_batches
 from blast_search.distributed import Team, joined
@@ -33,7 +33,7 @@ from blast_search.evaluate import (
 from blast_search.latency import describe
 from blast_search.layers import inventory
 from blast_search.model_latency import Timing, time_variants
-from blast_search.modelfolder import leaving
+from blast_search.modelfolder import WEIGHTS, leaving
 from blast_search.plan import Plan
 from blast_search.prepared import dense_model
 from blast_search.progress import Reporter, console

@@ -291,6 +291,10 @@ def test_state_that_cannot_be_saved_is_refused_before_the_search(tmp_path: Path)
             bs.find_layers(model, workloads)
     with pytest.raises(IncompatibleInputError, match=r"1\._extra_state is a dict"):
         bs.save(model, tmp_path, Plan(model={}, layers={}))
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.register_buffer("fixed", torch.eye(3).to_sparse())
+    with pytest.raises(IncompatibleInputError, match="fixed is a tensor of layout"):
+        bs.find_layers(model, [])
 
 
 def test_buffers_that_share_memory_are_saved(tmp_path: Path):
