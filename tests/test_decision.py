@@ -88,13 +88,14 @@ def test_a_winner_that_uses_its_budget_is_timed_once():
     assert world.timed == [290]
 
 
-def test_a_winner_that_leaves_room_gets_a_larger_plan():
-    world = World(lambda r, _: 0.8 * r / 1000)  # the loop before saw slower timings
+@pytest.mark.parametrize(("faster", "ends"), [(0.8, 366), (0.98, 298), (0.996, 290)])
+def test_a_winner_that_leaves_room_gets_a_larger_plan(faster: float, ends: int):
+    world = World(lambda r, _: faster * r / 1000)  # the loop before saw slower timings
     decision = world.final(290)
     assert decision.met
-    assert decision.winner.choices == plan(366)
-    assert 0.97 * TARGET < decision.winner.ratio <= TARGET
-    assert len(world.timed) == 2
+    assert decision.winner.choices == plan(ends)
+    assert 0.96 * TARGET < decision.winner.ratio <= TARGET
+    assert len(world.timed) == (1 if ends == 290 else 2)
 
 
 def test_a_larger_plan_that_does_not_hold_is_not_taken():
