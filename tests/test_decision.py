@@ -84,17 +84,17 @@ def rank(choices: Choices) -> int:
 
 def test_a_winner_that_uses_its_budget_is_timed_once():
     world = World(lambda r, _: r / 1000)
-    assert world.final(290).winner.ratio == pytest.approx(0.29)
-    assert world.timed == [290]
+    assert world.final(293).winner.ratio == pytest.approx(0.293)
+    assert world.timed == [293]
 
 
-@pytest.mark.parametrize(("faster", "ends"), [(0.8, 366), (0.98, 298), (0.996, 290)])
+@pytest.mark.parametrize(("faster", "ends"), [(0.8, 366), (0.99, 295), (1.01, 290)])
 def test_a_winner_that_leaves_room_gets_a_larger_plan(faster: float, ends: int):
     world = World(lambda r, _: faster * r / 1000)  # the loop before saw slower timings
     decision = world.final(290)
     assert decision.met
     assert decision.winner.choices == plan(ends)
-    assert 0.96 * TARGET < decision.winner.ratio <= TARGET
+    assert 0.97 * TARGET < decision.winner.ratio <= TARGET
     assert len(world.timed) == (1 if ends == 290 else 2)
 
 
