@@ -6,10 +6,12 @@ A batch is a tensor, called as model(x); a tuple, model(*x); or a dict, model(**
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -82,6 +84,26 @@ def move_model(
         lambda t: t.to(device, dtype if t.is_floating_point() else None)
     )
     return model
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Within it, the generators that a task may draw from start with `seed`; then they go on.
+
+    Those of Python, numpy and PyTorch: plans are then judged by the same draws, and a run that is
+    resumed sees the data of its beginning.
+    """
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])
 
 
 @contextmanager

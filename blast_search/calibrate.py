@@ -161,8 +161,8 @@ class _Pass:
 
     def add(self, name: str, x: Tensor) -> None:
         """Add the rows of an input (..., n) to the sum of a leader."""
-        mask = token_mask(self.batch, tuple(x.shape)) if x.dim() == 3 else None
-        rows = (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
+        mask = token_mask(self.batch, tuple(x.shape), x.dim() == 2) if x.dim() > 1 else None
+        rows = (x if mask is None else x[mask.to(x.device)]).reshape(-1, x.shape[-1]).float()
         # On the CPU: those of a large language model would fill its GPU.
         gram = (rows.T @ rows).cpu()
         if not bool(gram.diagonal().sum().isfinite()):

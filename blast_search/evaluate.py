@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blast_search.batches import Batch, anywhere, call_model, evaluating, to_device
+from blast_search.batches import Batch, anywhere, call_model, evaluating, seeded, to_device
 from blast_search.errors import IncompatibleInputError, UsageError
 from blast_search.fused import unfused
 from blast_search.layers import Workload
@@ -140,7 +140,7 @@ def evaluate(task: Task, model: nn.Module) -> float:
     Raises:
         IncompatibleInputError: the metric is not a finite number.
     """
-    with evaluating(model), torch.no_grad(), anywhere(model):
+    with seeded(), evaluating(model), torch.no_grad(), anywhere(model):
         given: Any = task.evaluate(model)
     try:
         value = float(given)
@@ -163,17 +163,16 @@ def worse_by(task: Task, value: float, dense: float) -> float:
 def count_macs(model: nn.Module, workloads: Iterable[Workload]) -> float:
     """Multiply-adds of one call of the dense model, weighted over workloads.
 
-    PyTorch's counter knows matrix products and attention, but no fused forms of a CPU's attention
-    or of whole transformer layers in eval mode: those are off here.  1 multiply-add = 1 MAC = 2
-    FLOPs.
+    PyTorch's counter knows matrix products and attention (that of CPUs it is taught here), but not
+    the fused form of whole transformer layers in eval mode, which is off.  1 multiply-add = 1 MAC
+    = 2 FLOPs.
     """
     total = 0.0
     for workload in workloads:
         batch = to_device(workload.batch, model)
-        try:
-            # CUDA's fused attention is known, and takes no memory for every pair of tokens.
-            flops = _flops(model, batch, plain=not next(model.parameters()).is_cuda)
-        except AssertionError:  # but in older versions not where keys are shared by several heads
+        try:  # fused attention takes no memory for every pair of tokens
+            flops = _flops(model, batch, plain=False)
+        except AssertionError:  # older versions cannot count keys that several heads share
             flops = _flops(model, batch, plain=True)
         total += flops / 2 * workload.weight
     return total
@@ -181,9 +180,14 @@ def count_macs(model: nn.Module, workloads: Iterable[Workload]) -> float:
 
 def _flops(model: nn.Module, batch: Batch, plain: bool) -> int:
     """What PyTorch counts in one call; with plain attention in place of fused kinds, or not."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports triton where installed
+    # Imports triton where installed.
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-    counter = FlopCounterMode(display=False)
+    def on_cpu(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
+
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={fused: on_cpu})
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with math if plain else nullcontext(), unfused(), counter:
         call_model(model, batch)

@@ -83,10 +83,13 @@ class Judge:
             def differentiate(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
                 x = args[0] if args else next(iter(kwargs.values()))
                 rows = x.detach().reshape(-1, x.shape[-1])
+                version = None if x.is_inference() else x._version
                 # Parameters are frozen, so the first layer's output is where the graph begins.
                 y = output if output.requires_grad else output.detach().requires_grad_().clone()
 
                 def add(gradient: Tensor) -> None:
+                    if version is not None and x._version != version:  # rows are its memory
+                        raise RuntimeError(f"the model changes the input of {name} in place")
                     g = gradient.reshape(-1, gradient.shape[-1])
                     product = (g.mT.float() @ rows.float()).div_(len(order)).cpu()
                     found[name] = found[name].add_(product) if name in found else product

@@ -73,18 +73,25 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from _tensors(value)
 
 
-def token_mask(batch: Batch, shape: tuple[int, ...]) -> Tensor | None:
+def token_mask(batch: Batch, shape: tuple[int, ...], flat: bool = False) -> Tensor | None:
     """A boolean (B, L) mask of real tokens where the batch has one that fits `shape`.
 
     Where encoder and decoder have as many tokens, it is not known whose they are: no mask.
+
+    Args:
+        flat: `shape` is (B * L, width), of tokens that the model flattened; the mask, too, then.
     """
     if not isinstance(batch, Mapping):
         return None
 
     def fitting(key: str) -> Tensor | None:
         value = batch.get(key)
-        fits = isinstance(value, Tensor) and value.dim() == 2 and value.shape == shape[:2]
-        return value if fits else None
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            return None
+        if not flat:
+            return value if value.shape == shape[:2] else None
+        # Of one token per row, what the model pooled has as many rows.
+        return value.flatten() if value.numel() == shape[0] and value.shape[1] > 1 else None
 
     encoder, decoder = fitting("attention_mask"), fitting("decoder_attention_mask")
     if encoder is not None and (decoder is not None or fitting("decoder_input_ids") is not None):
@@ -122,8 +129,8 @@ def _real(output: Tensor, name: str, batch: Batch) -> Tensor:
     """What is judged of an output, without padding; the classes of images last."""
     if name == LOGITS and output.dim() == 4:
         output = output.movedim(1, -1)
-    by_token = output.dim() > 2 or name in SPANS
-    mask = token_mask(batch, tuple(output.shape)) if by_token else None
+    flat = output.dim() == 2 and name not in SPANS
+    mask = token_mask(batch, tuple(output.shape), flat) if output.dim() > 1 else None
     return output if mask is None else output[mask.to(output.device)]
 
 
@@ -170,8 +177,9 @@ def reference_outputs(model: nn.Module, batches: list[Batch]) -> list[dict[str, 
                     "is meant to be so, wrap the model so that it returns what is finite."
                 )
         room -= sum(value.nbytes for value in tensors.values())
-        kept = tensors if room > 0 else {name: value.cpu() for name, value in tensors.items()}
-        outputs.append(kept)
+        # Copies: an output may be a view into a much larger tensor, or a buffer of the model's.
+        place = None if room > 0 else "cpu"
+        outputs.append({name: value.to(place, copy=True) for name, value in tensors.items()})
     return outputs
 
 

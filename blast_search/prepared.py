@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from blast_search.apply import duplicate
-from blast_search.batches import FORMS, Batch, move_model, tried
+from blast_search.batches import FORMS, Batch, move_model, seeded, tried
 from blast_search.calibrate import as_batches, reached
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task, count_params, workloads_of
@@ -85,6 +85,8 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
     model = move_model(model, "meta" if meta else device, dtype)
     with _noting(note):
         layers, skipped = inventory(model, workloads, space)
+        if not meta:
+            _check_steady(model, workloads)
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:4])
         raise IncompatibleInputError(
@@ -96,6 +98,26 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
     return Prepared(
         task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env, note
     )
+
+
+def _check_steady(model: nn.Module, workloads: Sequence[Workload]) -> None:
+    """Refuse a workload for which a model returns something else at each call.
+
+    A key/value cache in the batch grows by every call, so that its timings are of another one.
+    """
+    for workload in workloads:
+        called = f"workload '{workload.name}'"
+        one, other = (
+            {k: v.clone() for k, v in output_tensors(output).items()}
+            for output in (tried(model, workload.batch, called, FORMS) for _ in range(2))
+        )
+        if (apart := _apart(one, other, workload.batch)) is not None:
+            raise IncompatibleInputError(
+                f"two calls of the model with {called} gave outputs that are {apart:.2g} apart, "
+                "expected the same. Either its forward draws random numbers, or it changes the "
+                "batch in place (have it work on a copy), or a cache in the batch grows (give one "
+                "of fixed size)."
+            )
 
 
 def dense_model(task: Task) -> nn.Module:
@@ -126,10 +148,8 @@ def read_calibration(prepared: Prepared, seed: int) -> None:
             nothing to judge, or something else at each call, or cannot be copied.
     """
     task, model = prepared.task, prepared.model
-    # Contenders are built in copies, after the search; without its weights one costs nothing.
-    duplicate(model, {id(p): p for p in model.parameters()})
-    torch.manual_seed(seed)  # a resumed run must see the same data
-    batches = prepared.batches = as_batches(task.calibration())
+    with seeded(seed):  # a resumed run must see the same data
+        batches = prepared.batches = as_batches(task.calibration())
     if not batches:
         raise IncompatibleInputError(
             f"calibration() of task {task.name} gave no batch, expected some."
@@ -144,6 +164,7 @@ def read_calibration(prepared: Prepared, seed: int) -> None:
         with reached(model, prepared.layers) as called:
             prepared.references = reference_outputs(model, batches)
     _check_same(first, prepared, versions != [t._version for t in held])
+    _check_copy(prepared)
     missed = [layer.name for layer in prepared.layers if layer.name not in called]
     prepared.skipped = prepared.skipped | dict.fromkeys(missed, NOT_REACHED)
     prepared.layers = [layer for layer in prepared.layers if layer.name in called]
@@ -162,12 +183,7 @@ def _check_same(first: dict[str, Tensor], prepared: Prepared, changed: bool) -> 
     Args:
         changed: whether the batch's tensors were written to in between.
     """
-    try:
-        apart = float(divergence(prepared.references[0], first, prepared.batches[0]))
-    except IncompatibleInputError:  # of another size
-        apart = math.inf
-    # Far above what the order of sums changes, far below what a layer's replacement does.
-    if apart <= max(SAME, torch.finfo(prepared.dtype).eps / 8):
+    if (apart := _apart(prepared.references[0], first, prepared.batches[0])) is None:
         return
     cause = (
         "Its forward changes the batch in place: have it work on a copy (clone)."
@@ -179,6 +195,41 @@ def _check_same(first: dict[str, Tensor], prepared: Prepared, changed: bool) -> 
     raise IncompatibleInputError(
         f"the dense model's outputs of two calls with the first calibration batch are {apart:.2g} "
         f"apart, expected the same. {cause}"
+    )
+
+
+def _apart(one: dict[str, Tensor], other: dict[str, Tensor], batch: Batch) -> float | None:
+    """How far apart two outputs are that should be equal; None where they are."""
+    try:
+        apart = float(divergence(one, other, batch))
+    except IncompatibleInputError:  # of another size
+        apart = math.inf
+    # Far above what the order of sums changes, far below what a layer's replacement does.
+    least = max(torch.finfo(value.dtype).eps for value in one.values())
+    return apart if apart > max(SAME, least / 8) else None
+
+
+def _check_copy(prepared: Prepared) -> None:
+    """Refuse a model whose copy does not compute what it does with layers of its own.
+
+    Contenders are built in copies, after the search: such a copy would be as good as dense, and
+    whatever is replaced in it as fast.
+    """
+    model = prepared.model
+    twin = duplicate(model, {id(p): p for p in model.parameters()})  # costs no memory for weights
+    what = "the first calibration batch once it was copied"
+    with reached(model, prepared.layers) as called:
+        output = output_tensors(
+            tried(twin, prepared.batches[0], what, "a copy that works as well.")
+        )
+    apart = _apart(prepared.references[0], output, prepared.batches[0])
+    if not called and apart is None:
+        return
+    told = f"calls the original's {next(iter(called))}" if called else f"is {apart:.2g} off"
+    raise IncompatibleInputError(
+        f"a copy of the model (copy.deepcopy) {told}, expected one that stands for itself. "
+        "Functions that a forward or a hook holds on to, and weak references, are not copied: let "
+        "them get at the model's parts through self, or through a hook's module."
     )
 
 

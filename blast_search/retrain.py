@@ -104,6 +104,8 @@ def retrain(
                 batch = to_device(next(batches), model)
                 loss = _loss(task, model, batch, teacher, dtype)
                 losses.append(_descend(loss, optimizer, parameters, team))
+                if step == 0:
+                    _check_reached(task, model, report)
                 schedule.step()
                 on_step(step, losses[-1])
                 advance()
@@ -113,6 +115,23 @@ def retrain(
             f"(now {rate:g})."
         )
     return losses
+
+
+def _check_reached(task: Task, model: nn.Module, report: Reporter) -> None:
+    """Say, or refuse, that a first step's gradient does not reach factors that should learn."""
+    layers = [m for m in model.modules() if isinstance(m, BlastLinear | StructuredLinear)]
+    still = [m for m in layers if all(p.grad is None for p in m.parameters())]
+    if not still or all(p.grad is None for p in model.parameters()):  # a step that was skipped
+        return
+    told = (
+        f"task {task.name}: the gradient of the first batch's loss reaches "
+        f"{len(layers) - len(still)} of {len(layers)} replaced layers. Those that the batch does "
+        "not call have none; a forward under torch.no_grad(), or checkpoints with "
+        "use_reentrant=True, keep it from others."
+    )
+    if len(still) == len(layers):
+        raise IncompatibleInputError(told)
+    report.say(told)
 
 
 def _steps(task: Task, steps: int | None) -> int:

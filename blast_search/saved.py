@@ -17,7 +17,7 @@ from torch import nn
 from blast_search import apply as apply_plan
 from blast_search import load, save
 from blast_search.apply import duplicate
-from blast_search.batches import move_model
+from blast_search.batches import move_model, seeded
 from blast_search.calibrate import as_batches
 from blast_search.distributed import Team, joined
 from blast_search.errors import IncompatibleInputError, UsageError
@@ -133,11 +133,16 @@ def _dense(
     """What builds the dense model (--model, else the task), and the task's calibration data."""
     if not model:
         loaded = _task_of(plan, task)
-        return _fresh(lambda: dense_model(loaded), plan), as_batches(loaded.calibration())
+        return _fresh(lambda: dense_model(loaded), plan), _calibration(loaded)
     if task is None:
         report.say("no --task: factors without calibration data, which costs quality.")
     factory = _fresh(_factory(model), plan)
-    return factory, as_batches(load_task(task).calibration()) if task else None
+    return factory, _calibration(load_task(task)) if task else None
+
+
+def _calibration(task: Task) -> list[Any]:
+    with seeded():  # the same plan gives the same model
+        return as_batches(task.calibration())
 
 
 def _fresh(factory: Callable[[], nn.Module], plan: Plan) -> Callable[[], nn.Module]:

@@ -18,7 +18,7 @@ from statistics import fmean
 
 import numpy as np
 
-from blast_search.batches import Batch
+from blast_search.batches import Batch, spread
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.errors import IncompatibleInputError
 from blast_search.files import append_row, read_rows
@@ -137,6 +137,7 @@ def _probe(
     """The model's loss with one layer at a time replaced; the first ones whatever the time."""
     first = spread_over_depth(list(targets))
     count = probe_batches(panel.judge.batches, len(panel.judge.layers))
+    order = tuple(spread(len(panel.judge.batches))[:count])  # they may be sorted
 
     def ask(layers: Sequence[LayerSpec], deadline: Deadline) -> None:
         new = [ly for ly in layers if ("probe", ly.name, targets[ly]) not in probes.values]
@@ -149,7 +150,7 @@ def _probe(
             probes.add("probe", name, probe, fitter.basis(name).error(probe.rank), loss)
             advance()
 
-        questions = [Question({ly.name: targets[ly]}, tuple(range(count))) for ly in new]
+        questions = [Question({ly.name: targets[ly]}, order) for ly in new]
         panel.ask(questions, record, deadline)
 
     with panel.session(len(targets)):

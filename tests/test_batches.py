@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections import OrderedDict, UserDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from test_layers import found
@@ -303,3 +305,65 @@ def test_a_calibration_batch_that_does_not_fit_is_named():
     for bad in (torch.randn(2, 9), {"ids": good}):
         with pytest.raises(IncompatibleInputError, match="called with calibration batch 2"):
             reference_outputs(nn.Linear(8, 8), [good, good, bad])
+
+
+class Flat(nn.Module):
+    """Flattens its tokens, as OPT's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(10, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.embed(input_ids).flatten(0, 1))
+
+
+def test_padding_does_not_count_where_a_model_flattens_its_tokens():
+    model, ids = Flat(), torch.arange(8).reshape(2, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    layers = find_layers(model, [Workload("w", batch)], SearchSpace(output_head=True))
+    gram = collect_grams(model, layers, [batch])["fc"]
+    real = model.embed(ids)[mask.bool()]
+    torch.testing.assert_close(gram, (real.T @ real / 6).detach())
+    output = model(**batch).detach()
+    other = output.clone()
+    other[6:] += 1  # padding
+    assert divergence(other, output, batch) == 0
+    other[5:] += 1
+    assert divergence(other, output, batch) > 0
+    pooled = torch.randn(2, 4)  # as many columns as tokens, and a row for each sentence
+    assert divergence(pooled + 1, pooled, batch) > 0
+
+
+def test_references_are_copies_of_what_is_judged():
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 50)
+            self.register_buffer("out", torch.zeros(8, 50))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.out.copy_(self.fc(x))
+            return self.out[:, -2:]
+
+    model, x = Kept(), torch.randn(8, 4)
+    (reference,) = reference_outputs(model, [x])
+    wanted = {name: value.clone() for name, value in reference.items()}
+    with torch.no_grad():
+        model(x + 1)
+    assert all(torch.equal(reference[name], value) for name, value in wanted.items())
+    assert all(v.untyped_storage().nbytes() == v.nbytes for v in reference.values())
+
+
+def test_what_a_task_draws_is_the_same_at_every_evaluation():
+    class Drawing(ToyTask):
+        def evaluate(self, model: nn.Module) -> float:
+            return random.random() + np.random.rand() + float(torch.rand(()))
+
+    random.seed(5)
+    wanted = random.random()
+    random.seed(5)
+    task = Drawing()
+    assert evaluate(task, task.model()) == evaluate(task, task.model())
+    assert random.random() == wanted

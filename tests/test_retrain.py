@@ -95,6 +95,33 @@ def test_a_learning_rate_of_zero_moves_nothing():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+def test_layers_that_the_gradient_does_not_reach_are_told():
+    class Blind(nn.Module):
+        def __init__(self, net: nn.Module, first: int) -> None:
+            super().__init__()
+            self.net, self.first = net, first
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                for block in self.net.blocks[: self.first]:
+                    x = block(x)
+            for block in self.net.blocks[self.first :]:
+                x = block(x)
+            return self.net.head(x.mean(1))
+
+    model, teacher = compressed(torch.float32)
+    said: list[str] = []
+    report = Reporter(0)
+    report.say = said.append  # type: ignore[method-assign]
+    retrain(ToyTask(), Blind(model, 2), Blind(teacher, 2), 1, report=report)
+    assert any("reaches 1 of 3 replaced layers" in text for text in said)
+    with pytest.raises(IncompatibleInputError, match="reaches 0 of 3 replaced layers"):
+        retrain(ToyTask(), Blind(model, 3), Blind(teacher, 3), 1)
+    said.clear()
+    retrain(ToyTask(), model, teacher, 1, report=report)
+    assert not any("reaches" in text for text in said)
+
+
 def test_training_data_that_ends_is_read_again(monkeypatch):
     batches = ToyTask.train_batches
     seeds: list[int] = []

@@ -242,6 +242,50 @@ def test_outputs_that_differ_from_call_to_call_are_refused():
         assert len(found.references) == len(found.batches) == 2
 
 
+def test_a_model_whose_copy_is_not_one_is_refused():
+    """Its contenders, built in copies, would be the dense model, and as good."""
+
+    class Hooked(nn.Module):
+        def __init__(self, net: nn.Module, strong: bool) -> None:
+            super().__init__()
+            self.net, self.kept = net, {}
+            if strong:
+                self.way = lambda x: net(x)
+            else:
+                net.register_forward_hook(lambda _m, _x, y: self.kept.__setitem__("y", y))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if hasattr(self, "way"):
+                return self.way(x)
+            self.net(x)
+            return self.kept["y"]
+
+    with pytest.raises(IncompatibleInputError, match=r"a copy .* calls the original's net"):
+        ready(Odd(lambda net: Hooked(net, True)))
+    # What the hook keeps is the original's: the last batch's output, not the first one's.
+    with pytest.raises(IncompatibleInputError, match=r"a copy .* is .* off, expected"):
+        ready(Odd(lambda net: Hooked(net, False)))
+
+
+def test_a_workload_that_changes_with_every_call_is_refused():
+    class Cache:
+        length = 0
+
+    class Cached(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, cache: Cache) -> Tensor:
+            cache.length += 1
+            return self.net(x + cache.length)
+
+    task = Odd(Cached)
+    task.workload = lambda: {"x": task.data[:16], "cache": Cache()}  # type: ignore[method-assign]
+    with pytest.raises(IncompatibleInputError, match="a cache in the batch grows"):
+        prepare(task, Settings(budget=0.5), SearchSpace())
+
+
 def test_layers_that_no_calibration_batch_reaches_are_left_alone():
     """Whatever replaced them changed nothing: they were the first to be."""
 

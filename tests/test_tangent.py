@@ -8,7 +8,7 @@ from statistics import fmean
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import WIDTH, ToyTask
+from toy import WIDTH, Block, ToyTask
 
 from blast_search.deadline import Deadline
 from blast_search.engine import Engine
@@ -155,3 +155,17 @@ def test_layers_in_place_and_by_keyword_and_outputs_without_a_gradient(rounds: b
         }  # fmt: skip
         assert all(bool(g.abs().sum() > 0) for g in found.values())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_inputs_that_are_changed_in_place_give_no_gradient(engine: Engine, monkeypatch):
+    """The layer's rows are the input's memory: a wrong gradient would lead the steps astray."""
+
+    def forward(self: Block, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        y = self.fc1(normed)
+        normed += 1
+        return x + self.fc2(torch.relu(y))
+
+    monkeypatch.setattr(Block, "forward", forward)
+    with pytest.raises(RuntimeError, match=r"the input of blocks\.2\.fc1 in place"):
+        engine.panel.judge.gradients(whole(engine), engine.order)

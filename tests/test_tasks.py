@@ -447,6 +447,40 @@ def test_hugging_face_folder_is_a_task(tmp_path: Path, kind: str) -> None:
 
 
 @needs_transformers
+def test_weights_that_a_checkpoint_lacks_are_not_drawn(tmp_path: Path) -> None:
+    """Every model() would be another one."""
+    folder = Path(save_tiny(tmp_path / "model", "causal"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IncompatibleInputError, match=r"lack 1 tensors .*1\.mlp\.down_proj"):
+        HFTask(folder).model()
+
+
+@needs_transformers
+@pytest.mark.parametrize("template", ["$A [E]", "[B] $A", "[B] $A [E]", "$A"])
+def test_rows_have_the_special_tokens_where_the_tokenizer_puts_them(
+    tmp_path: Path, template: str
+) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    folder = Path(save_tiny(tmp_path / "model", "classifier"))
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("[B]", 98), ("[E]", 99)]
+    )
+    tokenizer.save(str(file))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join("word5 word6 word7 word8" for _ in range(4000)))
+    row = HFTask(folder, text).calibration()[0]["input_ids"][0].tolist()
+    assert len(row) == 64
+    assert [row[0] == 98, row[-1] == 99] == ["[B]" in template, "[E]" in template]
+    assert sum(token in (98, 99) for token in row) == template.count("[")
+
+
+@needs_transformers
 def test_a_classifier_that_looks_for_the_last_token_gets_its_rows(tmp_path: Path) -> None:
     """Decoders do, and without a padding token they refuse more than one row."""
     task = HFTask(save_tiny(tmp_path / "model", "decoder classifier"))

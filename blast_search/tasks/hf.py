@@ -201,6 +201,14 @@ class HFTask:
         if any("pooler" in key for key in found["missing_keys"]):
             self._without = {"add_pooling_layer": False}
             return self.model()
+        parameters = dict(model.named_parameters())
+        if missing := sorted(key for key in found["missing_keys"] if key in parameters):
+            raise IncompatibleInputError(
+                f"the weights of the model {self.source} lack {len(missing)} tensors that its "
+                f"{type(model).__name__} has ({', '.join(missing[:3])}): they would be random. "
+                "Save the whole model with save_pretrained, or write a task of your own for it "
+                "(pkg.module:function)."
+            )
         if self._loader == TEXTS and getattr(config, "pad_token_id", None) is None:
             # A decoder's classifier looks for the last token that is no padding; rows are full.
             model.config.pad_token_id = -1  # type: ignore[union-attr]
@@ -281,10 +289,10 @@ class HFTask:
 
     def _rows(self, documents: list[str], shape: Shape, fill: bool = False) -> list[list[int]]:
         """Rows of the model's own form: special tokens first (and last, for an encoder)."""
-        special: list[int] = self._tokenizer("")["input_ids"]
-        head = special[:1]
-        tail = [] if self.causal else special[1:]
-        longest = getattr(self._config, "max_position_embeddings", None) or shape.length
+        head, tail = self._special
+        # A tokenizer knows of positions that a model has and cannot use (RoBERTa's).
+        most = getattr(self._config, "max_position_embeddings", None) or shape.length
+        longest = min(most, self._tokenizer.model_max_length)
         length = shape.length if fill else min(shape.length, longest)
         body = max(length - len(head) - len(tail), 1)
         if fill:  # a workload: any length, text repeated where it runs out
@@ -299,6 +307,13 @@ class HFTask:
                 "Expected 100,000 characters or more; give a longer text."
             )
         return [(head + row + tail)[:length] for row in rows]
+
+    @cached_property
+    def _special(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer puts before a text, and (for an encoder) after it."""
+        word, whole = self._encode("the"), list(self._tokenizer("the")["input_ids"])
+        at = next((k for k in range(len(whole)) if whole[k : k + len(word)] == word), 1)
+        return whole[:at], [] if self.causal else whole[at + len(word) :]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)[
