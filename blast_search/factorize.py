@@ -26,6 +26,7 @@ from blast_search.factors import Factors, Triple, balanced, check_blocks, relati
 from blast_search.gram import Whitening, cut, diagonal_blocks, regularised, warn_if_singular
 from blast_search.lowrank import LowRankBasis, whitened_svd
 from blast_search.matrix import to_dense
+from blast_search.modes import exact_products
 
 SWEEPS = 40  # 30 end where the published method does at b = 16, 40 are 1.5 % better
 GRID_SWEEPS = 8  # per further rank of a grid
@@ -36,6 +37,7 @@ OnSweep = Callable[[float], None]
 
 
 @torch.no_grad()
+@exact_products()  # sweeps are judged to float32 rounding
 def factorize(
     weight: Tensor,
     num_blocks: int,
@@ -110,6 +112,7 @@ def factorize(
 
 
 @torch.no_grad()
+@exact_products()
 def factorize_many(
     weights: Sequence[Tensor],
     num_blocks: int,
@@ -132,41 +135,33 @@ def factorize_many(
     names = names or [""] * len(weights)
     if len({w.shape for w in weights}) > 1 or len({g is None for g in grams}) > 1:
         raise ValueError("factorize_many takes weights of one shape, with Grams for all or none.")
-    checked, targets, starts = [], [], []
-    for weight, gram, name in zip(weights, grams, names, strict=True):
-        a, g = _checked(weight, num_blocks, rank, gram)
-        if gram is not None:
-            warn_if_singular(gram, name)
-        target = None if g is None else cut(g, whitening, num_blocks)
-        checked.append((a, gram))
-        targets.append(target)
-        starts.append(whitened_svd(a, target, rank).factors(rank, num_blocks))
-    if num_blocks == 1:
-        return [
-            _finished(a, gram, (s.U, s.S, s.V), normal=False)
-            for (a, gram), s in zip(checked, starts, strict=True)
-        ]
     full = whitening == "full" and any(_is_full(g) for g in grams)
+    items = list(zip(weights, grams, names, strict=True))
     results: list[Factors] = []
-    room = _room(weights[0].device) if weights else 0
-    size = max(1, room // _bytes(checked[0][0], num_blocks, rank, full)) if checked else 1
-    for first in range(0, len(checked), size):
-        part = slice(first, first + size)
-        fitted = _fit(
-            [a for a, _ in checked[part]],
-            num_blocks,
-            [[start] for start in starts[part]],
-            targets[part],
-            full,
-            sweeps,
-        )
+    if not items:
+        return results
+    size = max(1, _room(weights[0].device) // _bytes(weights[0], num_blocks, rank, full))
+    for first in range(0, len(items), size):
+        checked, targets, starts = [], [], []
+        for weight, gram, name in items[first : first + size]:
+            a, g = _checked(weight, num_blocks, rank, gram)
+            if gram is not None:
+                warn_if_singular(gram, name)
+            checked.append(a)
+            targets.append(None if g is None else cut(g, whitening, num_blocks))
+            starts.append(whitened_svd(a, targets[-1], rank).factors(rank, num_blocks))
+        fitted: Sequence[Triple] = [(s.U, s.S, s.V) for s in starts]
+        if num_blocks > 1:
+            fitted = _fit(checked, num_blocks, [[s] for s in starts], targets, full, sweeps)
         results += [
-            _finished(a, gram, f) for (a, gram), f in zip(checked[part], fitted, strict=True)
+            _finished(a, gram, f, normal=num_blocks > 1)
+            for a, gram, f in zip(checked, grams[first : first + size], fitted, strict=True)
         ]
     return results
 
 
 @torch.no_grad()
+@exact_products()
 def factorize_grid(
     weight: Tensor,
     num_blocks: int,
@@ -291,10 +286,8 @@ def _finished(a: Tensor, gram: Tensor | None, factors: Triple, normal: bool = Tr
     u, s, v = balanced(factors) if normal else factors
     error = relative_error(a, (u, s, v), gram)
     if not math.isfinite(error):
-        raise IncompatibleInputError(
-            f"no finite factors: the weight's largest element is {float(a.abs().max()):.2g}, too "
-            "large for what is squared on the way. Scale it down."
-        )
+        most = f"the weight's largest element is {float(a.abs().max()):.2g}"
+        raise IncompatibleInputError(f"no finite factors: {most}. Scale it down.")
     return Factors(u, v, s, error)
 
 
@@ -344,4 +337,4 @@ def _bytes(a: Tensor, b: int, rank: int, full: bool) -> int:
     numbers = 4 * m * n + 4 * b * rank * (m + n) + 4 * b * rank**2
     if full:
         numbers += 3 * n * n + 3 * (b * rank) ** 2
-    return numbers * a.element_size()
+    return numbers * max(4, a.element_size())

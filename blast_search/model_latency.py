@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from torch import nn
 
 from blast_search.batches import call_model, evaluating, to_device
-from blast_search.errors import IncompatibleInputError
+from blast_search.errors import IncompatibleInputError, in_one_line
 from blast_search.latency import MIN_ROUNDS, interleave, synchronizer
 from blast_search.layers import Workload, get_modules, set_modules, stubs, swapped
-from blast_search.modes import timed_call
+from blast_search.modes import COLD, shared_pool, timed_call
 from blast_search.noise import half_width, median_interval
 from blast_search.plan import Choices
 from blast_search.space import LayerSpec
@@ -65,6 +66,27 @@ def untrained(
     return {name: empty_layer(dense[name], c) for name, c in plan.items() if not c.is_dense}
 
 
+def check_calls(model: nn.Module, workloads: Sequence[Workload], mode: str) -> None:
+    """Compile or capture the dense model, to see before anything is measured whether it can be.
+
+    Raises:
+        IncompatibleInputError: it cannot.
+    """
+    if mode.removesuffix(COLD) == "eager":
+        return
+    for share in workloads:
+        batch = to_device(share.batch, model)
+        try:
+            with evaluating(model), torch.inference_mode():
+                timed_call(mode, model, partial(call_model, batch=batch))()
+        except Exception as error:
+            raise IncompatibleInputError(
+                f"workload '{share.name}' cannot be timed in mode {mode}: {in_one_line(error)}. "
+                "Keep what the mode cannot take out of the model's forward (a value that Python "
+                "reads from a tensor, say), or use --mode eager."
+            ) from error
+
+
 def time_variants(
     model: nn.Module,
     layers: Sequence[LayerSpec],
@@ -105,10 +127,10 @@ def time_variants(
                 return call_model(mine, batch)
 
             with torch.inference_mode():
-                calls = {}
+                calls, pool = {}, shared_pool(mode)
                 for name in sets:
                     prepare(name)
-                    calls[name] = timed_call(mode, model, call)
+                    calls[name] = timed_call(mode, model, call, pool)
                 parts: list[dict[str, np.ndarray]] = []
                 while len(parts) < ATTEMPTS and (not parts or _wide(_joined(parts))):
                     times = interleave(

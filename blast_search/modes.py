@@ -9,7 +9,8 @@ in a model larger than the cache.  (Whole models are never flushed: they do that
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,18 @@ def check_mode(mode: str, device_type: str) -> None:
         raise UsageError("mode cuda-graph needs a CUDA device. Use --mode eager or compiled.")
 
 
-def timed_call(mode: str, module: nn.Module, call: Callable[[nn.Module], object]) -> Any:
+def timed_call(
+    mode: str, module: nn.Module, call: Callable[[nn.Module], object], pool: Any = None
+) -> Any:
     """A function without arguments that does `call(module)` in a mode, to be timed.
 
     What compiling and capturing need happens here, not in the function.  `module` may be changed
     afterwards: compiled calls keep a copy of its structure (sharing its weights), graphs the
     addresses of what they were captured with.
+
+    Args:
+        pool: of graphs that are never replayed at once (torch.cuda.graph_pool_handle): they share
+            their memory, and nothing is returned.
 
     Raises:
         RuntimeError: the call cannot be compiled or captured.
@@ -62,15 +69,22 @@ def timed_call(mode: str, module: nn.Module, call: Callable[[nn.Module], object]
             call(module)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = call(module)
-    held = (output, [p for p in module.parameters()])  # addresses that the graph reads and writes
+    # Addresses that the graph reads and writes.
+    held = (None if pool else output, [*module.parameters(), *module.buffers()])
+    del output
 
     def replay() -> object:
         graph.replay()
         return held[0]
 
     return replay
+
+
+def shared_pool(mode: str) -> Any:
+    """Memory for all graphs of a mode that captures (`timed_call`), else None."""
+    return torch.cuda.graph_pool_handle() if mode.startswith("cuda-graph") else None  # type: ignore[no-untyped-call]
 
 
 def float32_products() -> str:
@@ -92,6 +106,18 @@ def set_float32_products(precision: str) -> None:
         torch.backends.cuda.matmul.fp32_precision = precision
     else:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within it, float32 products are IEEE ones, whatever TF32 or autocast made of them."""
+    precision = float32_products()
+    set_float32_products("ieee")
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        set_float32_products(precision)
 
 
 def flusher(mode: str, device: torch.device, cycles: int = LAUNCH_CYCLES) -> Callable[[str], None]:

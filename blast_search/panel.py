@@ -19,6 +19,7 @@ import torch
 from blast_search import cluster
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.judge import Judge, Question
+from blast_search.modes import float32_products, set_float32_products
 from blast_search.progress import Reporter
 
 # Seconds of work ahead from which on workers are started.  On two busy cores they needed half a
@@ -38,9 +39,10 @@ class Worker:
     leads; and with every question, because a worker that is started again has lost it.
     """
 
-    def __init__(self, path: list[str], threads: int) -> None:
+    def __init__(self, path: list[str], threads: int, float32: str) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
         torch.set_num_threads(threads)
+        set_float32_products(float32)
         self.judge: Judge | None = None
 
     def losses(self, judge: list[Any], question: Question | None) -> list[float]:
@@ -130,7 +132,10 @@ class Panel:
                     self.ray = False
                     return
                 self._judge = [ray.put(ray.cloudpickle.dumps(self.judge))]
-                workers = [_placed(seat).remote(sys.path, seat.threads) for seat in seats]
+                workers = [
+                    _placed(seat).remote(sys.path, seat.threads, float32_products())
+                    for seat in seats
+                ]
                 loaded = [worker.losses.remote(self._judge, None) for worker in workers]
                 ray.get(loaded, timeout=START_SECONDS)
             except Exception as error:  # whatever it is, this process can do the work

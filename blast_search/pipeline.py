@@ -25,6 +25,7 @@ from blast_search.finish import Finish
 from blast_search.fitting import Fitter
 from blast_search.judge import Judge
 from blast_search.latency_model import LatencyModel
+from blast_search.model_latency import check_calls
 from blast_search.panel import Panel
 from blast_search.plan import FrontPoint, Plan, pareto
 from blast_search.plan_check import correction, cross_validated, measure_plans
@@ -257,6 +258,7 @@ class Pipeline:
             self.records.once("metric", "dense", "dense", lambda: evaluate(p.task, p.model))
         )
         say(f"dense model: {p.task.metric[0]} {self.dense_metric:.4g}")
+        check_calls(p.model, p.workloads, p.mode)
         since = time.monotonic()
         self.profiler(table).run(self.settings.profile)
         self.took("profile", since)

@@ -9,9 +9,10 @@ from toy import ToyTask
 
 import blast_search as bs
 from blast_search import latency, modes
-from blast_search.errors import UsageError
+from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.factorize import factorize
 from blast_search.layers import Workload, inventory
-from blast_search.model_latency import time_variants, untrained
+from blast_search.model_latency import check_calls, time_variants, untrained
 from blast_search.modes import check_mode, timed_call
 from blast_search.space import Candidate, SearchSpace
 from blast_search.tables import Cell
@@ -76,6 +77,35 @@ def test_whole_models_are_timed_compiled():
     timing = time_variants(model, layers, variants, workloads, 0.1, 5, 5, mode="compiled")["b2"]
     assert timing.runs == 5
     assert 0 < timing.fixed_ms < timing.dense_ms
+
+
+def test_a_model_that_its_mode_cannot_take_is_refused_before_the_profile():
+    class Reading(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum().item() > 1e9 else self.missing(x)
+
+    workloads = [Workload("some", torch.ones(2, 3))]
+    check_calls(nn.Linear(3, 3), workloads, "compiled")
+    check_calls(Reading(3, 3), workloads, "eager")  # which needs nothing beforehand
+    with pytest.raises(IncompatibleInputError, match=r"'some' cannot be timed in mode compiled: "):
+        check_calls(Reading(3, 3), workloads, "compiled")
+
+
+def test_products_are_exact_whatever_autocast_says():
+    weight = torch.randn(64, 64)
+    wanted = factorize(weight, 4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = factorize(weight, 4, 8)
+    assert torch.equal(found.U, wanted.U)
+    assert found.error == wanted.error
+    before = modes.float32_products()
+    modes.set_float32_products("tf32")
+    try:
+        with modes.exact_products():
+            assert modes.float32_products() == "ieee"
+        assert modes.float32_products() == "tf32"
+    finally:
+        modes.set_float32_products(before)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from contextlib import nullcontext
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -197,9 +198,6 @@ def backward(
 
     z is computed again where it was not kept.
     """
-    if name == "triton":
-        grads: Gradients = _module("triton").backward(grad, x, u, s, v, needs)
-        return grads
     if x.is_cpu and emulated(x.dtype):
         wide = choose(len(u), u.shape[2], torch.float32, "cpu", len(x))
         z = None if z is None else z.float()
@@ -211,5 +209,9 @@ def backward(
         return dx, du, ds, dv
     # A loss's backward pass may be called within autocast: products would come out in another
     # dtype than the tensors beside them.
-    with torch.autocast(x.device.type, enabled=False):
+    cast = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    with cast:
+        if name == "triton":
+            grads: Gradients = _module("triton").backward(grad, x, u, s, v, needs)
+            return grads
         return composed.backward(grad, x, u, s, v, z, needs, coupling(name))

@@ -57,6 +57,7 @@ def forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, *, bias: Tensor | None =
         TypeError: mixed or unsupported dtypes.
     """
     x, u, s, v = _prepared(x, u, s, v)
+    bias = None if bias is None else bias.contiguous()
     y = x.new_empty(len(x), u.shape[0] * u.shape[1])
     if len(x):
         with torch.cuda.device(x.get_device()):  # Triton launches on the current device
@@ -111,7 +112,10 @@ def _forward(x: Tensor, u: Tensor, s: Tensor, v: Tensor, bias: Tensor | None, y:
             _up(w, u, bias, y, (*case, groups))
 
     if _decodes(len(u), tokens):
-        run(tune.pick("decode", case, _group_counts(tokens), run, x.device, nested=True))
+        # Beside its first kernels, for few tokens, some devices have no room for another config.
+        safe = PRODUCTS if tokens > 1 else None
+        counts = _group_counts(tokens)
+        run(tune.pick("decode", case, counts, run, x.device, nested=True, capturing=safe))
     else:
         run(PRODUCTS)
 
@@ -181,13 +185,16 @@ def _blocks(x: Tensor, b: int) -> Tensor:
 def _case(x: Tensor, u: Tensor, v: Tensor, bias: bool) -> Case:
     """What a choice depends on; tokens by the next power of two, ranks in steps of up to 1.5.
 
-    With exact ranks each of a profile's cells would tune for itself.
+    With exact ranks each of a profile's cells would tune for itself.  But Triton compiles other
+    kernels for sizes and addresses that 16 divides: loads that overlap, and take shared memory.
+    A config that was fastest without may have no room with it.
     """
     precision = float32_products() if x.dtype == torch.float32 else None
     tokens, (b, p, r) = triton.next_power_of_2(len(x)), u.shape
     power = triton.next_power_of_2(r)
     rank = power * 3 // 4 if 4 * r <= 3 * power else power
-    return tokens, b, p, rank, v.shape[1], str(x.dtype), precision, bias
+    aligned = r % 16 == 0, x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+    return tokens, b, p, rank, v.shape[1], str(x.dtype), precision, bias, *aligned
 
 
 def _down(x: Tensor, s: Tensor, v: Tensor, groups: int, case: Case) -> Tensor:

@@ -45,16 +45,18 @@ def pick(
     run: Callable[[T], object],
     device: torch.device,
     nested: bool = False,
+    capturing: T | None = None,
 ) -> T:
     """The fastest candidate for a case; measured once per device and kernel source.
 
     The first candidate is taken unmeasured where nothing can be timed: off CUDA (Triton's
-    interpreter) and, until the case was tuned, while a CUDA graph is being captured.
+    interpreter) and, unless the case was tuned before, while a CUDA graph is being captured.
 
     Args:
         name: what is chosen. case: what the choice depends on, of plain values.
         candidates: JSON values. run: runs one, and may overwrite its result.
         nested: `run` makes choices of its own, so that candidates must not run side by side.
+        capturing: what to take instead of the first candidate within such a capture.
 
     Raises:
         Exception: no candidate fits the device; that of the last one.
@@ -65,12 +67,12 @@ def pick(
         return choice
     if device.type != "cuda" or len(candidates) == 1:
         return candidates[0]
-    if torch.cuda.is_current_stream_capturing():
-        return candidates[0]
     path, key = cache_path(device), repr((name, case))
     kept = _read(path).get(key)
     if kept in candidates:
         choice = candidates[candidates.index(kept)]
+    elif torch.cuda.is_current_stream_capturing():
+        return candidates[0] if capturing is None else capturing
     else:
         times = _milliseconds(run, candidates, device, nested)
         choice = candidates[times.index(min(times))]
@@ -140,7 +142,10 @@ def _milliseconds(
 
     ready = _usable(run, candidates, nested, state)
     torch.cuda.synchronize(device)
-    delay = flusher("cuda-graph-cold", device, LAUNCH_CYCLES)
+    try:
+        delay = flusher("cuda-graph-cold", device, LAUNCH_CYCLES)
+    except torch.OutOfMemoryError:  # a server that has filled its memory: timed with warm caches
+        delay = flusher("cuda-graph", device, LAUNCH_CYCLES)
     fit = [i for i, fits in enumerate(ready) if fits]
     spans: list[list[tuple[Any, Any]]] = [[] for _ in candidates]
     for _ in range(ROUNDS):
