@@ -50,7 +50,8 @@ def final(
     """Time the winner and the uniform plans side by side, until the winner holds the target.
 
     A winner over it is tightened.  One that leaves much of it unused, because the timings before
-    were pessimistic, gets a larger rival; of the two the one of less true loss stays.
+    were pessimistic, gets a larger rival, which is tightened where it goes over; the one of least
+    true loss stays.
     """
     aim, best = engine.aim, None
     for round_ in range(FINAL_ROUNDS):
@@ -66,22 +67,24 @@ def final(
             for (key, c), t in zip(contenders.items(), timings, strict=True)
         }  # fmt: skip
         winner = timed.pop("searched")
+        late = engine.deadline.expired()
+        enough = best is not None and (late or _full(best.winner, target))
         decision = Decision(winner, timed, target, timings[0], trials, winner.feasible, make)
         if winner.feasible:
             best = _better(engine, best, decision)
-            more = round_ < LARGER and not engine.deadline.expired()
+            more = round_ < LARGER and not late
             again = larger(engine, winner, make, target) if more else None
-        elif best or round_ == FINAL_ROUNDS - 1:  # what is tightened now would not be timed
+        elif enough or round_ == FINAL_ROUNDS - 1:  # what is tightened now would not be timed
             break
         else:
             engine.report.detail(
                 f"  final timing {winner.ratio:.3f} is over {target:.3f}: tightening"
             )
             # Past the deadline in bolder steps: fewer of them.
-            step = BOLD if engine.deadline.expired() else 0.99
+            step = BOLD if late else 0.99
             aim *= min(step, target / winner.ratio)
             again = meet(engine, winner.name, make, target, aim)
-        if again is None:
+        if again is None or (best and digest(again.choices) == digest(best.winner.choices)):
             break
         winner = again
     return best or decision
@@ -93,9 +96,13 @@ def _better(engine: Engine, best: Decision | None, other: Decision) -> Decision:
     return min(best, other, key=lambda d: engine.true_loss(d.winner.name, d.winner.choices))
 
 
+def _full(winner: Contender, target: float) -> bool:
+    return winner.ratio >= FULL * target
+
+
 def larger(engine: Engine, winner: Contender, make: Make, target: float) -> Contender | None:
     """A plan that uses what the winner leaves of the target, if that is much; not timed yet."""
-    if not engine.by_time or winner.all_dense or winner.ratio >= FULL * target:
+    if not engine.by_time or winner.all_dense or _full(winner, target):
         return None
     asked = engine.latency.asked_correction(winner.choices, winner.ratio)
     engine.latency.correction = bounded(asked)
