@@ -126,13 +126,16 @@ def fastest(latency: LatencyModel, table: ScoreTable, limit: float) -> Choices:
     return front.choices(int(np.argmax(front.loss <= limit * (1 + 1e-9))))
 
 
-def latencies(p: Prepared, report: Reporter, keep: Callable[[Any], None]) -> dict[str, Any]:
+def latencies(
+    p: Prepared, report: Reporter, keep: Callable[[Any], None], cells: Path
+) -> dict[str, Any]:
     """Dense, uniform and searched plans by workload, and predictions against measurements.
 
     Args:
         keep: called with what was found after each workload: a run may be cut off.
+        cells: where measured cells go meanwhile.
     """
-    table = LatencyTable(p.fingerprint)
+    table = LatencyTable.open(cells, p.fingerprint)
     Profiler(p, table, "local", None, report).run("full")
     found: dict[str, Any] = {"cells": len(table.cells), "workloads": {}}
     quality = scores(p, report)
@@ -212,6 +215,8 @@ def factorizations(
         keep: called with what was found so far: a run may be cut off.
     """
     errors, done, spent = [], 0, 0.0
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"of": len(p.layers), "errors": errors, "precgd": rows}
     began = time.monotonic()
     groups = list(by_type(p.layers).values())
     by_depth = [list(members) for members in zip(*groups, strict=True)]  # block by block
@@ -234,16 +239,14 @@ def factorizations(
             if p.device.type == "cuda":
                 torch.cuda.synchronize()
             spent = time.monotonic() - began
+            found |= {
+                "matrices": done, "seconds": round(spent, 1),
+                "seconds_for_all": round(spent / done * len(p.layers), 1),
+            }  # fmt: skip
+            keep(found)
             if spent > seconds:
                 break
-    rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {
-        "matrices": done, "of": len(p.layers), "seconds": round(spent, 1),
-        "seconds_for_all": round(spent / done * len(p.layers), 1), "errors": errors,
-        "precgd": rows,
-    }  # fmt: skip
     report.say(f"{done} of {len(p.layers)} matrices in {spent:.0f} s")
-    keep(found)
     firsts: dict[tuple[int, int], LayerSpec] = {}
     for layer in by_depth[0]:
         firsts.setdefault(layer.shape, layer)
@@ -293,7 +296,7 @@ def main() -> None:
 
     with torch.no_grad():
         if values.part == "latency":
-            keep(latencies(p, report, keep))
+            keep(latencies(p, report, keep, out / f"cells-{values.shapes}.csv"))
         else:
             keep(factorizations(p, report, values.seconds, keep))
     report.say(f"wrote {file}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from blast_search.batches import FORMS, Batch, call_model, calling, evaluating, to_device
@@ -38,6 +40,17 @@ def as_batches(calibration: Any) -> list[Batch]:
             f"iterable of batches, each {FORMS}. Put a single batch into a list."
         )
     return list(calibration)
+
+
+def data_digest(batches: Sequence[Batch]) -> str:
+    """Digest of the values in calibration batches: what losses on file are true of."""
+    digest = hashlib.sha256()
+    for value in tree_leaves(list(batches)):
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

@@ -219,8 +219,7 @@ def profile(
         table = LatencyTable.open(folder / "latency.csv", prepared.fingerprint)
         _check_layers(folder, prepared.layers)
         write_json(folder / "environment.json", prepared.environment)
-        layers = [asdict(layer) for layer in prepared.layers]
-        write_json(folder / "layers.json", {"layers": layers, "skipped": prepared.skipped})
+        write_json(folder / "layers.json", prepared.listing())
         Profiler(prepared, table, workers, ray_address, report).run(settings.profile)
         latency = LatencyModel(prepared.layers, table)
         checked = (

@@ -76,6 +76,7 @@ class Engine:
     tuning: dict[str, Any] = field(default_factory=dict)  # see trials.py
     gap: float = 0.0
     outside: float = 0.0  # see layer_target; 0 in the scope "layers"
+    steered: bool = False  # values do change the time (model_latency.steered)
     _options: dict[object, dict[str, list[Option]]] = field(default_factory=dict)
 
     @property
@@ -87,14 +88,15 @@ class Engine:
     def time(self, name: str, contenders: Mapping[str, Choices], seconds: float) -> list[Timing]:
         """Time plans side by side with dense (random factors: values do not change the time)."""
 
+        def built(plan: Choices) -> dict[str, nn.Module]:
+            if self.steered:
+                return self.fitter.modules({n: c for n, c in plan.items() if not c.is_dense})
+            return untrained(self.model, self.layers, plan)
+
         def measure() -> list[dict[str, object]]:
-            variants = {
-                key: untrained(self.model, self.layers, choices)
-                for key, choices in contenders.items()
-            }
-            timings = time_variants(
-                self.model, self.layers, variants, self.workloads, seconds, mode=self.mode
-            )
+            variants = {key: built(plan) for key, plan in contenders.items()}
+            where = self.model, self.layers, variants, self.workloads, seconds
+            timings = time_variants(*where, mode=self.mode)
             return [asdict(timings[key]) for key in contenders]
 
         key = "+".join(digest(choices) for choices in contenders.values())
@@ -121,10 +123,9 @@ class Engine:
         order = tuple(self.order[:count])
         kind = "loss" if len(order) == len(self.order) else f"loss on {len(order)} batches"
         part = "loss or its start" if bar else kind
-        known = self.run.measured
 
         def found(key: str) -> list[float] | None:
-            losses = known.get(("loss", key)) or known.get((part, key))
+            losses = self.run.measured.get(("loss", key)) or self.run.measured.get((part, key))
             return list(losses[: len(order)]) if losses else None
 
         keys = [digest(choices) for choices in plans]

@@ -76,7 +76,7 @@ def inventory(
     owners = weight_owners(model)
     linears = {module: paths for module, paths in names.items() if is_linear(module)}
     unlike = {module: why for module in names if (why := unlike_linear(module))}
-    calls, heads = _trace(model, list(linears), workloads)
+    calls, heads = trace(model, list(linears), workloads)
     # Their weights are read by a function that does not call them.
     attention = {m.out_proj for m in names if isinstance(m, nn.MultiheadAttention)}
     layers, skipped = [], {}
@@ -129,7 +129,7 @@ def _unreached(
     stand_ins = {name: _StandIn(module) for name, module in dense.items()}
     try:
         with swapped(model, layers, stand_ins):
-            calls, _ = _trace(model, [*dense.values(), *stand_ins.values()], workloads)
+            calls, _ = trace(model, [*dense.values(), *stand_ins.values()], workloads)
     except IncompatibleInputError as error:
         cause = error.__cause__
         raise IncompatibleInputError(
@@ -150,7 +150,7 @@ def _unreached(
     return reasons
 
 
-def _trace(
+def trace(
     model: nn.Module, linears: Sequence[nn.Module], workloads: Sequence[Workload]
 ) -> tuple[dict[nn.Module, tuple[Call, ...]], set[nn.Module]]:
     """Run each workload once: the calls of every linear layer, and the output heads."""

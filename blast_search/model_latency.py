@@ -14,11 +14,11 @@ from torch import nn
 from blast_search.batches import call_model, evaluating, to_device
 from blast_search.errors import IncompatibleInputError, in_one_line
 from blast_search.latency import MIN_ROUNDS, interleave, synchronizer
-from blast_search.layers import Workload, get_modules, set_modules, stubs, swapped
+from blast_search.layers import Workload, get_modules, set_modules, stubs, swapped, trace
 from blast_search.modes import COLD, shared_pool, timed_call
 from blast_search.noise import half_width, median_interval
 from blast_search.plan import Choices
-from blast_search.space import LayerSpec
+from blast_search.space import Candidate, LayerSpec
 from blast_search.structured import empty_layer
 
 MODEL_ROUNDS = 40
@@ -27,6 +27,10 @@ NARROW = 0.005  # half-width of every ratio to dense, relative: enough rounds
 # with smollm2 beside another program, whose intervals were 6 to 12 % wide either way.
 UNCERTAIN = 0.04
 ATTEMPTS = 2
+STEERED = (
+    "the model calls {} of the layers otherwise where values are others (such as {}): plans are "
+    "timed with fitted factors, and predictions are rough"
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,27 @@ class Timing:
 def untrained(
     model: nn.Module, layers: Sequence[LayerSpec], plan: Choices
 ) -> dict[str, nn.Module]:
-    """Modules of a plan with random factors, to be timed: values do not change the time."""
+    """Modules of a plan with random factors, to be timed: values do not change the time, but of
+    models that are `steered` by them."""
     dense = get_modules(model, layers)
     return {name: empty_layer(dense[name], c) for name, c in plan.items() if not c.is_dense}
+
+
+def steered(
+    model: nn.Module, layers: Sequence[LayerSpec], workloads: Sequence[Workload]
+) -> list[str]:
+    """The layers that a model calls otherwise once its layers' values are others.
+
+    A model that iterates until it converges, leaves early, or routes tokens takes as long as its
+    values say: plans with random factors would be another amount of work.
+    """
+    modules = untrained(model, layers, {layer.name: Candidate(1, 1) for layer in layers})
+    try:
+        with swapped(model, layers, modules):
+            calls, _ = trace(model, list(modules.values()), workloads)
+    except IncompatibleInputError:  # some step of it does not even take such values
+        return [layer.name for layer in layers]
+    return [layer.name for layer in layers if calls[modules[layer.name]] != layer.calls]
 
 
 def check_calls(model: nn.Module, workloads: Sequence[Workload], mode: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blast_search.calibrate import collect_grams
+from blast_search.calibrate import collect_grams, data_digest
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.describe import write_front
 from blast_search.doubtful import doubtful
@@ -25,7 +25,7 @@ from blast_search.finish import Finish
 from blast_search.fitting import Fitter
 from blast_search.judge import Judge
 from blast_search.latency_model import LatencyModel
-from blast_search.model_latency import check_calls
+from blast_search.model_latency import STEERED, check_calls
 from blast_search.panel import Panel
 from blast_search.plan import FrontPoint, Plan, pareto
 from blast_search.plan_check import correction, cross_validated, measure_plans
@@ -165,7 +165,7 @@ def opened(
                 check_database(settings.storage)
             prepared = prepare(loaded, settings, kept_space(folder, settings.space))
             read_calibration(prepared, settings.seed)
-            check_layers(folder, prepared.layers)
+            check_layers(folder, prepared.layers, data_digest(prepared.batches))
         yield Pipeline(folder, settings, prepared, workers, ray_address, report, began)
 
 
@@ -241,10 +241,7 @@ class Pipeline:
         p, say = self.prepared, self.report.say
         # First: a folder from another device is refused before anything in it is changed.
         table = LatencyTable.open(self.folder / "latency.csv", p.fingerprint)
-        write_json(
-            self.folder / "layers.json",
-            {"layers": [asdict(layer) for layer in p.layers], "skipped": p.skipped},
-        )
+        write_json(self.folder / "layers.json", p.listing())
         write_json(self.folder / "environment.json", p.environment)
         say(
             f"{p.task.name}: {len(p.layers)} Linear layers to search ({100 * p.share:.1f} % of "
@@ -259,6 +256,8 @@ class Pipeline:
         )
         say(f"dense model: {p.task.metric[0]} {self.dense_metric:.4g}")
         check_calls(p.model, p.workloads, p.mode)
+        if p.steered:
+            say(STEERED.format(len(p.steered), p.steered[0]))
         since = time.monotonic()
         self.profiler(table).run(self.settings.profile)
         self.took("profile", since)
@@ -275,6 +274,8 @@ class Pipeline:
     def checked(self, latency: LatencyModel) -> LatencyModel:
         """The latency model, corrected by random plans; its error on those outside the fit."""
         p, since = self.prepared, time.monotonic()
+        if p.steered:  # random plans would be other work
+            return latency
         plans = measure_plans(
             p.model, latency, p.workloads, self.records, self.report, self.settings.seed,
             mode=p.mode, expired=self.search_deadline.share(CHECK_SHARE).expired,
@@ -332,4 +333,5 @@ class Pipeline:
         return Engine(
             p.model, p.layers, p.space, p.workloads, panel, latency, scorer, scores,
             self.records, self.report, self.settings.budget_scope, p.mode, self.search_deadline,
+            steered=bool(p.steered),
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from blast_search.apply import duplicate
 from blast_search.batches import FORMS, Batch, move_model, seeded, tried
-from blast_search.calibrate import as_batches, reached
+from blast_search.calibrate import as_batches, data_digest, reached
 from blast_search.errors import IncompatibleInputError
 from blast_search.evaluate import Task, count_params, workloads_of
 from blast_search.latency import cells_for, describe, fingerprint
 from blast_search.layers import Workload, inventory
+from blast_search.model_latency import steered
 from blast_search.modes import check_mode
 from blast_search.outputs import divergence, output_tensors, reference_outputs
 from blast_search.settings import DTYPES, Settings, pick_device
@@ -44,6 +45,7 @@ class Prepared:
     mode: str
     environment: dict[str, Any]
     note: str = ""  # for the user, of the model's own dtype
+    steered: list[str] = field(default_factory=list)  # see model_latency.steered
     # See read_calibration: the calibration data, and the dense model's outputs by batch.
     batches: list[Batch] = field(default_factory=list)
     references: list[dict[str, Tensor]] = field(default_factory=list)
@@ -57,6 +59,11 @@ class Prepared:
         """The part of the model's parameters that the searched layers hold, biases left out."""
         held = sum(math.prod(layer.shape) for layer in self.layers)
         return held / max(count_params(self.model), 1)
+
+    def listing(self) -> dict[str, Any]:
+        """What layers.json holds."""
+        found = {"layers": [asdict(layer) for layer in self.layers], "skipped": self.skipped}
+        return found | ({"calibration": data_digest(self.batches)} if self.batches else {})
 
     def cells(self) -> list[Cell]:
         return cells_for(
@@ -85,8 +92,10 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
     model = move_model(model, "meta" if meta else device, dtype)
     with _noting(note):
         layers, skipped = inventory(model, workloads, space)
+        odd = []
         if not meta:
             _check_steady(model, workloads)
+            odd = steered(model, layers, workloads)
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:4])
         raise IncompatibleInputError(
@@ -96,8 +105,9 @@ def prepare(task: Task, settings: Settings, space: SearchSpace, meta: bool = Fal
     space.check(layers)
     env = describe(device.type, settings.dtype)
     return Prepared(
-        task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env, note
-    )
+        task, model, layers, skipped, space, workloads, device, dtype, settings.mode, env, note,
+        odd,
+    )  # fmt: skip
 
 
 def _check_steady(model: nn.Module, workloads: Sequence[Workload]) -> None:

@@ -185,14 +185,24 @@ def read_layers(run: Path) -> list[LayerSpec]:
         ) from error
 
 
-def check_layers(run: Path, layers: Sequence[LayerSpec]) -> None:
-    """Refuse to continue a run with other layers: what is on file is about plans of its own.
+def check_layers(run: Path, layers: Sequence[LayerSpec], calibration: str) -> None:
+    """Refuse to continue a run with other layers or data: what is on file is true of its own.
+
+    Args:
+        calibration: the digest of the calibration data (calibrate.data_digest).
 
     Raises:
         IncompatibleInputError: layers.json has others.
     """
     if not (run / "layers.json").is_file():
         return
+    before = read_json_object(run / "layers.json").get("calibration", calibration)
+    if before != calibration:
+        raise IncompatibleInputError(
+            f"{run} was begun with other calibration data (digest {before}, now {calibration}). "
+            "Have calibration() give the same ones each time (a generator with a seed of its "
+            "own), or start a new run."
+        )
     known, now = ({layer.name for layer in some} for some in (read_layers(run), layers))
     if known != now:
         raise IncompatibleInputError(

@@ -15,7 +15,7 @@ from command import call
 
 from blast_search.describe import write_front
 from blast_search.errors import IncompatibleInputError, InfeasibleBudgetError
-from blast_search.files import sha256_json, write_json, write_rows
+from blast_search.files import read_json_object, sha256_json, write_json, write_rows
 from blast_search.latency import fingerprint
 from blast_search.plan import FrontPoint, LayerPlan, Plan
 from blast_search.replan import check_layers, plan_at
@@ -302,8 +302,13 @@ def test_a_plan_of_other_types_is_refused_by_name(field: str, value: Any, spaces
 
 def test_a_run_is_not_continued_with_other_layers(spaces: Path):
     run = write_run(spaces / "a", "any.yaml")
-    check_layers(run, LAYERS)
+    check_layers(run, LAYERS, "some data")  # a run of before data were on file
     with pytest.raises(IncompatibleInputError, match=rf"\({LAYERS[-1].name} differs\)"):
-        check_layers(run, LAYERS[:-1])
+        check_layers(run, LAYERS[:-1], "some data")
+    known = read_json_object(run / "layers.json")
+    write_json(run / "layers.json", known | {"calibration": "some data"})
+    check_layers(run, LAYERS, "some data")
+    with pytest.raises(IncompatibleInputError, match=r"other calibration data .* now other data"):
+        check_layers(run, LAYERS, "other data")
     (run / "layers.json").unlink()  # stopped before it had any
-    check_layers(run, LAYERS[:-1])
+    check_layers(run, LAYERS[:-1], "other data")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from blast_search.engine import Engine
 from blast_search.judge import Judge
 from blast_search.layers import Workload, find_layers
 from blast_search.matrix import BlastLinear
+from blast_search.model_latency import steered
 from blast_search.outputs import divergence
 from blast_search.pipeline import opened
 from blast_search.progress import SILENT
@@ -169,3 +172,46 @@ def test_inputs_that_are_changed_in_place_give_no_gradient(engine: Engine, monke
     monkeypatch.setattr(Block, "forward", forward)
     with pytest.raises(RuntimeError, match=r"the input of blocks\.2\.fc1 in place"):
         engine.panel.judge.gradients(whole(engine), engine.order)
+
+
+class Settling(nn.Module):
+    """Iterates until it changes little, for at most 40 steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+        with torch.no_grad():
+            self.step.weight.mul_(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(40):
+            before, z = z, torch.tanh(self.step(z)) + x
+            if float((z - before).abs().max()) < 1e-3:
+                break
+        return self.out(z)
+
+
+def test_models_whose_values_say_what_they_call_are_timed_as_they_will_be(
+    engine: Engine, monkeypatch
+):
+    workloads = [Workload("w", torch.randn(4, 16))]
+    model = Settling()
+    layers = find_layers(model, workloads, SearchSpace(output_head=True))
+    assert steered(model, layers, workloads) == ["step"]
+    assert steered(engine.model, engine.layers, engine.workloads) == []
+    timed: list[Any] = []
+
+    def spy(_model: nn.Module, _layers: Any, variants: Any, *_: Any, mode: str) -> Any:
+        timed.append(variants)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blast_search.engine.time_variants", spy)
+    fitted = {name: m.to_dense() for name, m in engine.fitter.modules(PLAN).items()}
+    for values in (True, False):
+        other = replace(engine, steered=values)
+        with pytest.raises(KeyboardInterrupt):
+            other.time("some", {"plan": whole(engine)}, 0.1)
+        modules = timed[-1]["plan"]
+        assert set(modules) == set(PLAN)
+        assert all(torch.equal(modules[n].to_dense(), fitted[n]) for n in PLAN) == values
