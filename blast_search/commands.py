@@ -216,7 +216,7 @@ def profile(
     folder = make_folder(out or Path("results") / f"profile-{loaded.name}-{stamp}")
     with locked(folder):
         # First: a folder of another device or model is refused before anything in it is changed.
-        table = LatencyTable.open(folder / "latency.csv", prepared.fingerprint)
+        table = LatencyTable.open(folder / "latency.csv", prepared.fingerprint, prepared.mode)
         _check_layers(folder, prepared.layers)
         write_json(folder / "environment.json", prepared.environment)
         write_json(folder / "layers.json", prepared.listing())

@@ -306,14 +306,22 @@ def _fastest(engine: Engine, exact: Contender | None, target: float) -> tuple[Co
 
 
 def infeasible(
-    run: Path, scope: str, budget: float, decision: Decision, outside: float
+    run: Path,
+    scope: str,
+    budget: float,
+    decision: Decision,
+    outside: float,
+    every_workload: bool = False,
 ) -> InfeasibleBudgetError:
     """The error for a decision that does not meet its budget; `outside`: see `layer_target`."""
     reason = why_no_faster(decision.winner.choices)
     if decision.target <= 0 and not decision.winner.all_dense:
         reason = f"everything outside the searched layers alone takes {outside:.2f} of dense"
+    if decision.dense.fixed_ms >= decision.dense.dense_ms:
+        reason = "the searched layers take no measurable part of the model's time: keep it dense"
     smallest = reachable(decision.winner, scope, outside)
+    each = " on each workload" if every_workload else ""
     return InfeasibleBudgetError(
-        f"no plan meets budget {budget:g} (scope {scope}): the smallest reachable budget is about "
-        f"{smallest:.3f}; {reason}. The nearest plan is in {run / 'plan.json'}."
+        f"no plan meets budget {budget:g} (scope {scope}){each}: the smallest reachable budget "
+        f"is about {smallest:.3f}; {reason}. The nearest plan is in {run / 'plan.json'}."
     )

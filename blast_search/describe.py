@@ -98,7 +98,7 @@ class Describer:
             measured=measured,
             baselines=baselines,
             search=self.evidence(decision, chosen)
-            | {"verdict": self.verdict(chosen, metrics, after)},
+            | {"verdict": self.verdict(decision, chosen, metrics, after)},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -177,7 +177,11 @@ class Describer:
         return asdict(found) | {"noisy": found.noisy, "text": found.text}
 
     def verdict(
-        self, chosen: Contender, metrics: Mapping[str, float], after: Mapping[str, float]
+        self,
+        decision: Decision,
+        chosen: Contender,
+        metrics: Mapping[str, float],
+        after: Mapping[str, float],
     ) -> str:
         """Where the plan came from, in one plain sentence."""
         if DENSE_KEY in metrics and chosen.all_dense:
@@ -189,7 +193,9 @@ class Describer:
         if chosen.all_dense:
             return "Keep this model dense: no plan within the budgets is faster on this device."
         when, values = ("after", after) if after else ("before", metrics)
-        found = f", {when} retraining {values['searched']:.4g}" if "searched" in values else ""
+        other = decision.winner.choices != chosen.choices
+        known = other and "searched" in values  # else it is the uniform plan's own number
+        found = f", {when} retraining {values['searched']:.4g}," if known else ""
         if chosen.name.startswith("uniform"):
             return f"No searched plan{found} beat the {chosen.name} plan, so that one was taken."
         if chosen.name.startswith(FILLED):

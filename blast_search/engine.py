@@ -303,7 +303,7 @@ class Engine:
     def largest_uniform(self, num_blocks: int, ratio: float) -> dict[str, Candidate]:
         """The uniform plan of this b that keeps most parameters within a predicted ratio."""
         for keep in self.space.fractions():
-            choices = self.uniform(num_blocks, keep)
+            choices = self.latency.worthwhile(self.uniform(num_blocks, keep))
             predicted = self.predicted_ratio(choices)
             if predicted is not None and predicted <= ratio:
                 return choices

@@ -189,8 +189,15 @@ def _flops(model: nn.Module, batch: Batch, plain: bool) -> int:
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={fused: on_cpu})
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with math if plain else nullcontext(), unfused(), counter:
-        call_model(model, batch)
+    # oneDNN runs a whole LSTM as one operator, which no counter knows.  (`mkldnn.flags` would set
+    # TF32, too, with a warning.)
+    onednn = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with math if plain else nullcontext(), unfused(), counter:
+            call_model(model, batch)
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
     return int(counter.get_total_flops())
 
 

@@ -49,7 +49,7 @@ def _inventory(path: Path) -> Mapping[str, Any]:
 
 
 def _type_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if not part.isdecimal())
+    return ".".join(part for part in name.split(".") if not part.isdecimal()) or name
 
 
 def _label(layer: LayerPlan) -> str:
@@ -169,12 +169,14 @@ def _price(plan: Plan) -> list[Block]:
     tighter, looser = (_changes(pick(plan.search, "price", key)) for key in ("layers", "looser"))
     if not tighter and not looser:
         return [Paragraph("Not recorded for this run.")]
+    units = {"macs": "multiply-adds", "params": "parameters"}
+    unit = units.get(str(pick(plan.budget, "scope")), "latency")
     head = ["layer", "from", "to", "cost, % of the searched layers' dense cost", "loss"]
     blocks: list[Block] = []
     if price is not None:
         blocks.append(
             Paragraph(
-                f"The price of latency at this plan: {price:.3g} of added loss for each percent "
+                f"The price of {unit} at this plan: {price:.3g} of added loss for each percent "
                 "of the searched layers' dense cost that is saved."
             )
         )

@@ -74,7 +74,7 @@ class Finish:
         """The decision for a budget, or for --max-drop alone."""
         s, engine, dense = self.settings, self.engine, self.dense_timing()
         if s.budget_scope == "model":
-            engine.outside = dense.fixed_ms / dense.dense_ms
+            engine.outside = min(dense.fixed_ms / dense.dense_ms, 0.999)
         storage = Storage(f"sqlite:///{self.folder / 'study.db'}")
         if s.storage:
             # A database may hold the studies of many runs.  Runs of one folder name that ask
@@ -114,7 +114,9 @@ class Finish:
         if not decision.met:
             plan.save(self.folder / "plan.json")
             assert s.budget is not None
-            missed = infeasible(self.folder, s.budget_scope, s.budget, decision, engine.outside)
+            missed = infeasible(
+                self.folder, s.budget_scope, s.budget, decision, engine.outside, s.every_workload
+            )
             return plan, points, p.model, missed
         since = time.monotonic()
         contenders = {"searched": winner} | decision.baselines
@@ -207,9 +209,16 @@ class Finish:
         if math.isfinite(drop):  # rounded up: the drop that is named must do
             step = 10.0 ** (math.floor(math.log10(drop)) - 2)
             held = math.ceil(drop / step) * step
+        moves = f"{task.metric[0]} {'falls' if task.metric[1] else 'rises'} by {drop:.4g}"
+        if s.budget is None:
+            return InfeasibleBudgetError(
+                f"no plan keeps --max-drop {s.max_drop:g}: {moves} with the plan that kept it "
+                "before, or with none replaced. Have evaluate() give the same number each time "
+                f"(seed what it draws). The nearest plan is in {self.folder / 'plan.json'}."
+            )
         return InfeasibleBudgetError(
             f"no plan meets both budgets: at budget {s.budget:g} (scope {s.budget_scope}) "
-            f"{task.metric[0]} falls by {drop:.4g}, more than --max-drop {s.max_drop:g}; the "
+            f"{moves}, more than --max-drop {s.max_drop:g}; the "
             f"smallest --max-drop that this budget held is {held:.3g}. --max-drop {s.max_drop:g} "
             "without --budget finds the fastest plan within it; more --retrain-steps may help. "
             f"The nearest plan is in {self.folder / 'plan.json'}."

@@ -14,7 +14,8 @@ from rich.text import Text
 from blast_search.document import number, pick, show
 from blast_search.errors import InfeasibleBudgetError, UsageError
 from blast_search.figures import read_front
-from blast_search.files import make_folder, read_rows, write_bytes
+from blast_search.files import is_run, make_folder, read_rows, write_bytes
+from blast_search.modelfolder import OF_A_RUN
 from blast_search.plan import CHOSEN, FrontPoint, Plan
 from blast_search.progress import console
 from blast_search.replan import model_ratio, plan_at
@@ -77,7 +78,15 @@ def pareto(
 
 
 def _written(run: Path, at: float, path: Path) -> Plan:
-    """The plan for another budget, in a file; where there is none, the nearest one is in it."""
+    """The plan for another budget, in a file; where there is none, the nearest one is in it.
+
+    Raises:
+        UsageError: the file is one that a run has written.
+    """
+    here = path.resolve()
+    ours = is_run(here.parent) or (here.parent.name in OF_A_RUN and is_run(here.parent.parent))
+    if ours and here.exists() and not here.name.startswith("at-"):
+        raise UsageError(f"{path} is a file of a run, which --out would change. Choose another.")
     try:
         plan, missed = plan_at(run, at), None
     except InfeasibleBudgetError as error:

@@ -155,6 +155,14 @@ class LatencyModel:
                 asked.append((measured - shares.get(0, 0.0)) / variable)
         return min(asked, default=1.0)
 
+    def worthwhile(self, plan: Choices) -> dict[str, Candidate]:
+        """A plan in which layers stay dense whose candidate is no faster on this device."""
+        costs = {name: self.cost(name, candidate) for name, candidate in plan.items()}
+        return {
+            name: candidate if (cost := costs[name]) and cost < self.costs(name)[DENSE] else DENSE
+            for name, candidate in plan.items()
+        }
+
     def cost(self, name: str, candidate: Candidate) -> float | None:
         """A layer's time, uncorrected, linear between measured ranks; None: b never measured."""
         costs = self.costs(name)

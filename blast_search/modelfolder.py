@@ -209,6 +209,10 @@ def leaving(target: Path, source: Path | None = None) -> Iterator[None]:
             f"{target} holds what a run has written. Choose another --out; the run's own model "
             f"is in {run / 'model'}."
         )
+    if (here / WEIGHTS).exists() and not (here / "plan.json").exists():
+        raise UsageError(
+            f"{target} holds a {WEIGHTS} that blast-search has not written. Choose another --out."
+        )
     made = [folder for folder in (here, *here.parents) if not folder.exists()]
     with locked(here.parent if inside else make_folder(target)):
         try:

@@ -240,7 +240,7 @@ class Pipeline:
         """Everything that is measured before the search: cells, probes, the dense metric."""
         p, say = self.prepared, self.report.say
         # First: a folder from another device is refused before anything in it is changed.
-        table = LatencyTable.open(self.folder / "latency.csv", p.fingerprint)
+        table = LatencyTable.open(self.folder / "latency.csv", p.fingerprint, p.mode)
         write_json(self.folder / "layers.json", p.listing())
         write_json(self.folder / "environment.json", p.environment)
         say(

@@ -215,12 +215,18 @@ def verdict(plan: Plan) -> Notice:
             f"{predicted}; budget {show(limit, 'g')} (scope {scope})."
         )
         return Notice("Not measured.", text, "plain")
-    if ratio >= 1:
+    if ratio >= 1 and what == "latency":
         text = (
             f"The plan's model takes {ratio:.3f} of the dense latency: nothing was gained; "
             f"{budget_text(plan.budget)}."
         )
         return Notice("Keep this model dense.", text, "bad")
+    each = pick(plan.measured, "latency_ratio_layers_by_workload")
+    if pick(plan.budget, "every_workload") and isinstance(each, dict):
+        known = {name: r for name, v in each.items() if (r := number(v)) is not None}
+        worst = max(known, key=known.__getitem__, default="")
+        subject = f"On the workload {clean(worst)}, the slowest, the searched layers together take"
+        value, key = known.get(worst, value), ""  # the interval on file is that of the sum
     parts = [f"{subject} {value:.3f} of the dense {what} (scope {scope}"]
     if limit is None:
         parts = [f"{parts[0]}); no latency budget was set"]
@@ -229,6 +235,8 @@ def verdict(plan: Plan) -> Notice:
         interval = interval_of(pick(plan.measured, f"{key}_ci95"))
         if interval and interval[0] <= limit <= interval[1]:
             parts.append(f"the budget lies inside the 95% interval, {show_range(interval)}")
+    if what != "latency" and ratio >= 1:
+        parts.append(f"its latency is {ratio:.3f} of the dense one: it is no faster")
     drop, allowed = _drop(plan), number(pick(plan.budget, "max_drop"))
     if allowed is not None:
         parts.append(f"{_change(plan, drop)} (allowed {allowed:g})")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from blast_search import apply as apply_plan
@@ -20,7 +21,7 @@ from blast_search.apply import duplicate
 from blast_search.batches import move_model, seeded
 from blast_search.calibrate import as_batches
 from blast_search.distributed import Team, joined
-from blast_search.errors import IncompatibleInputError, UsageError
+from blast_search.errors import IncompatibleInputError, UsageError, in_one_line
 from blast_search.evaluate import (
     Task,
     count_macs,
@@ -84,7 +85,14 @@ def _factory(spec: str) -> Callable[[], nn.Module]:
         raise UsageError(f"--model {spec} is not a function that returns the dense model.")
 
     def build() -> nn.Module:
-        if not isinstance(dense := function(), nn.Module):
+        try:
+            dense: Any = function()
+        except Exception as error:
+            raise UsageError(
+                f"--model {spec} failed: {in_one_line(error)}. Expected a function without "
+                "arguments that returns the dense model."
+            ) from error
+        if not isinstance(dense, nn.Module):
             raise UsageError(f"--model {spec} returned {type(dense).__name__}, expected a Module.")
         return dense
 
@@ -212,7 +220,8 @@ def _retrained(
     if found.model is not None:
         if "metric" in plan.measured:
             known = plan.measured["metric"] | {"retrained": found.metric}
-            plan = replace(plan, measured=plan.measured | {"metric": known})
+            measured = plan.measured | {"metric": known, "met_budget": None}  # see `verify`
+            plan = replace(plan, measured=measured)
         save(found.model, target, plan)
         report.say(text)
     else:
@@ -267,9 +276,10 @@ def verify(
     }
     result["budget"] = judged(plan.budget, result, timing, drop)
     if not silent:
-        view = Table(title=f"{folder}: measured, interleaved, {timing.runs} rounds")
+        # Text: names may hold what rich takes for markup.
+        view = Table(title=Text(f"{folder}: measured, interleaved, {timing.runs} rounds"))
         for column in ("", loaded.metric[0], "layers", "model", "MACs", "parameters"):
-            view.add_column(column)
+            view.add_column(Text(column))
         view.add_row("dense", f"{values['dense']:.4g}", *["1.000"] * 4)
         ratios = (timing.ratio_layers, timing.ratio_model, macs, params)
         view.add_row("plan", f"{values['compressed']:.4g}", *(f"{r:.3f}" for r in ratios))

@@ -67,7 +67,9 @@ class Settings:
         if self.profile not in PROFILES:
             raise UsageError(f"profile is {self.profile!r}, expected {' or '.join(PROFILES)}.")
         if self.trials < 0 or (self.retrain_steps or 0) < 0:
-            raise UsageError("trials and retrain_steps must be 0 or more.")
+            raise UsageError(
+                f"trials is {self.trials}, retrain_steps {self.retrain_steps}, expected 0 or more."
+            )
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed is {self.seed}, expected 0 or more, and less than 2^32.")
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:

@@ -94,20 +94,22 @@ class LatencyTable:
     cells: dict[Cell, Measurement | None] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, device: str) -> LatencyTable:
-        """The table in `path` (created by the first `add`).
+    def open(cls, path: Path, device: str, mode: str | None = None) -> LatencyTable:
+        """The table in `path` (created by the first `add`); `mode`, if given, is all cells' mode.
 
         Raises:
-            IncompatibleInputError: a damaged row, or cells of another device.
+            IncompatibleInputError: a damaged row, or cells of another device or mode.
         """
         table = cls(device, path)
         for line, row in enumerate(read_rows(path, FIELDS), start=2):
             cell, measured = _parse_row(row, f"{path}, line {line}")
-            if cell.device != device:
-                raise IncompatibleInputError(
-                    f"{path}, line {line}: measured on device {cell.device}, this is {device}. "
-                    "Latencies do not carry over: use another run folder (--out) here."
-                )
+            asked = (("on device", cell.device, device), ("in mode", cell.mode, mode or cell.mode))
+            for how, found, mine in asked:
+                if found != mine:
+                    raise IncompatibleInputError(
+                        f"{path}, line {line}: measured {how} {found}, this is {mine}. Latencies "
+                        "do not carry over: use another run folder (--out) here."
+                    )
             table.cells[cell] = measured
         return table
 

@@ -466,6 +466,7 @@ def test_uniform_plans_come_in_fine_steps_also_where_little_is_kept(ratio: float
     engine: Any = SimpleNamespace(
         space=SearchSpace(keep=(0.1, 0.8)),
         uniform=lambda _blocks, keep: keep,
+        latency=SimpleNamespace(worthwhile=lambda plan: plan),
         predicted_ratio=lambda keep: keep,
     )
     found: Any = Engine.largest_uniform(engine, 1, ratio)

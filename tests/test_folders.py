@@ -81,6 +81,14 @@ def test_models_are_not_left_over_what_a_run_wrote(run: Path, capsys):
     assert call("retrain", model, "--steps", "0", "-q") == 0
 
 
+def test_weights_of_others_are_not_written_over(run: Path, capsys):
+    Path("checkpoint").mkdir()
+    Path("checkpoint/model.safetensors").write_bytes(b"theirs")
+    assert call("apply", "run/plan.json", "--out", "checkpoint", "-q") == 2
+    assert "has not written. Choose another --out" in capsys.readouterr().err
+    assert held("checkpoint") == {"checkpoint/model.safetensors": b"theirs"}
+
+
 def test_a_folder_in_use_is_not_written(run: Path, capsys):
     assert call("apply", str(run / "plan.json"), "--out", "built", "-q") == 0
     before = held(".")
@@ -184,4 +192,9 @@ def test_a_model_module_that_exits_is_an_error(run: Path, monkeypatch, tmp_path:
     Path("script.py").write_text("import sys\nsys.exit(3)\n")
     assert call("apply", "run/plan.json", "--model", "script:make", "--out", "x") == 2
     assert "--model script:make: the module called sys.exit(3)" in capsys.readouterr().err
+    for name in ("Block", "NoLinear.model"):
+        assert call("apply", "run/plan.json", "--model", f"toy:{name}", "--out", "x") == 2
+    told = capsys.readouterr().err
+    assert "--model toy:Block failed: TypeError" in told
+    assert "Expected a function without arguments" in told
     assert not Path("x").exists()

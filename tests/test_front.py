@@ -232,6 +232,14 @@ def test_files_go_into_new_folders_and_not_over_folders(spaces: Path, capsys):
     assert Path("new/two/x.png").read_bytes() == b"picture"
     assert call("pareto", str(run), plot, "new/x.svg") == 2
     assert "expected a name that ends in .png" in capsys.readouterr().err
+    before = (run / "plan.json").read_bytes()
+    for own in ("plan.json", "front.csv", "plans/uniform-low-rank.json"):
+        assert call("pareto", str(run), *out, str(run / own)) == 2
+        assert "is a file of a run, which --out would change" in capsys.readouterr().err
+    assert (run / "plan.json").read_bytes() == before
+    for name in ("plans/at-0.3.json", "plans/at-0.3.json", "plans/mine.json"):
+        assert call("pareto", str(run), *out, str(run / name)) == 0
+    capsys.readouterr()
     for options in ([*out, "new"], [plot, "new"]):
         assert call("pareto", str(run), *options) == 2
         assert "new is a folder, expected a file" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,11 @@ from torch import nn
 from toy import Net, ToyTask
 
 from blast_search import model_latency, workers
-from blast_search.errors import (
-    BlastSearchError,
-    IncompatibleInputError,
-    InfeasibleBudgetError,
-    UsageError,
-)
+from blast_search.decision import infeasible
+from blast_search.engine import Contender
+from blast_search.errors import BlastSearchError, InfeasibleBudgetError, UsageError
+from blast_search.evaluate import count_macs
+from blast_search.last_timing import Decision
 from blast_search.latency import (
     cells_for,
     environment,
@@ -159,6 +159,11 @@ def test_latency_model_adds_corrects_and_interpolates():
     assert model.ratio(plan) == pytest.approx(0.9)
     assert model.ratio(dense) == pytest.approx(1.0)  # layers left dense need no correction
     assert model.ratio(dense | {layers[0].name: Candidate(16, 4)}) is None
+    model = LatencyModel(layers, table_for(layers, 9 / high.rank))  # at that rank, 0.9 of dense
+    plan = {layers[0].name: low, layers[1].name: high, layers[2].name: Candidate(16, 4)}
+    assert model.worthwhile(plan) == plan | {layers[2].name: DENSE}
+    model = LatencyModel(layers, table_for(layers, 10 / high.rank))
+    assert model.worthwhile(plan) == dict.fromkeys(plan, DENSE) | {layers[0].name: low}
 
 
 def test_a_budget_on_each_workload_counts_the_worst():
@@ -288,14 +293,23 @@ def test_a_variant_that_replaces_nothing_is_the_dense_model():
     assert timing.by_workload == (1.0,)
 
 
-def test_layers_without_weight_in_time_are_reported():
-    import numpy as np
+@pytest.mark.filterwarnings("error")
+def test_layers_that_take_no_measurable_time_have_none_to_save():
+    flat = {"dense": np.ones(5), "fixed": np.full(5, 1.1), "x": np.full(5, 0.9)}
+    timing = model_latency._timing(flat, "x")
+    assert (timing.ratio_layers, timing.ratio_layers_ci95) == (1.0, (1.0, 1.0))
+    assert timing.ratio_model == pytest.approx(0.9)
+    found = Decision(Contender("exact", {}, timing, 1.0, False), {}, 0.5, timing, 0, False)
+    told = str(infeasible(Path("run"), "layers", 0.5, found, 0.0))
+    assert "take no measurable part of the model's time: keep it dense" in told
+    assert "smallest reachable budget is about 1.000" in told
 
-    from blast_search.model_latency import _timing
 
-    flat = {name: np.ones(5) for name in ("dense", "fixed", "x")}
-    with pytest.raises(IncompatibleInputError, match="no measurable time"):
-        _timing(flat, "x")
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+def test_multiply_adds_of_recurrent_layers_are_counted(kind: type[nn.Module], gates: int):
+    model = nn.Sequential(kind(64, 64, batch_first=True)).eval()  # type: ignore[call-arg]
+    counted = count_macs(model, [Workload("w", torch.randn(2, 20, 64))])
+    assert counted == 2 * 20 * gates * 2 * 64 * 64
 
 
 def test_an_uncertain_timing_of_models_goes_on(monkeypatch):

@@ -344,6 +344,10 @@ def test_a_missed_drop_names_the_one_that_was_held_and_the_way_to_a_budget():
     assert "the smallest --max-drop that this budget held is 0.0322." in message
     assert "--max-drop 0.01 without --budget finds the fastest plan within it" in message
     assert finish.drop_error(0.491) is None
+    finish.settings = Settings(max_drop=0.01)  # evaluate() gave another number than before
+    assert "mrr falls by 0.03211 with the plan that kept it" in str(finish.drop_error(0.46789))
+    finish.prepared.task.metric = ("loss", False)
+    assert "loss rises by 0.1 with" in str(finish.drop_error(0.6))
 
 
 def test_a_budget_of_one_allows_the_dense_model(tmp_path: Path):

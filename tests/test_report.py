@@ -230,6 +230,18 @@ def test_verdicts() -> None:
     assert "no latency budget was set" in verdict(drop).text
     params = replace(plan, budget={"value": 0.6, "scope": "params", "max_drop": None})
     assert "The whole model has 0.588 of the dense parameters (scope p" in verdict(params).text
+    slower = replace(params, measured=measured(1.1, 1.05, 0.8, None))
+    assert verdict(slower).title == "Budget met."
+    assert "its latency is 1.050 of the dense one: it is no faster" in verdict(slower).text
+    each = {"value": 0.3, "scope": "layers", "every_workload": ["long", "short"]}
+    worst = {"latency_ratio_layers_by_workload": {"long": 0.2, "short": 0.352, "idle": None}}
+    missed = replace(plan, budget=each, measured=plan.measured | worst | {"met_budget": False})
+    assert verdict(missed).title == "Budget missed."
+    assert "On the workload short, the slowest, the searched layers together take 0.352" in (
+        verdict(missed).text
+    )
+    assert "0.0520 above it" in verdict(missed).text
+    assert "interval" not in verdict(missed).text
     slow = replace(plan, measured=measured(1.1, 1.05, 0.8, None))
     assert verdict(slow).title == "Keep this model dense."
     assert "budget 0.3 (scope layers)" in verdict(slow).text

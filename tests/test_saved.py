@@ -107,6 +107,27 @@ def test_retraining_that_helps_is_kept(saved: Path, capsys):
     assert evaluate(Distance(), again) == pytest.approx(result["metric"]["after"])
 
 
+def test_what_retraining_changes_is_not_judged_by_the_old_metric(saved: Path, capsys):
+    old = {"metric": {"name": "distance", "compressed": 0.0}, "met_budget": False}
+    model = bs.load(saved, ToyTask().model)
+    bs.save(model, saved, replace(bs.Plan.load(saved), measured=old))
+    task = ("--task", f"{__name__}:distance")
+    assert call("retrain", str(saved), *task, "--steps", "20", "-q") == 0
+    measured = bs.Plan.load(saved).measured
+    assert measured["metric"]["retrained"] > -1e9
+    assert measured["met_budget"] is None
+
+
+def test_names_are_no_markup(saved: Path, monkeypatch, capsys):
+    monkeypatch.setattr(Distance, "metric", ("score[/top1]", True))
+    saved.rename("m[a]")
+    task = ("--task", f"{__name__}:distance", "--seconds", "0.1")
+    assert call("verify", "m[a]", *task) == 0
+    shown = capsys.readouterr().out
+    assert "score[/top1]" in shown
+    assert "m[a]: measured" in shown
+
+
 def test_a_measurement_is_judged_by_the_plans_own_budget():
     ratios = {"latency_ratio_layers": 0.3, "latency_ratio_model": 0.5, "macs_ratio": 0.4,
               "params_ratio": 0.6}  # fmt: skip

@@ -114,6 +114,9 @@ def test_foreign_and_damaged_tables_are_refused(tmp_path: Path):
     LatencyTable.open(path, "d1").add(cell(), MEASURED)
     with pytest.raises(IncompatibleInputError, match="measured on device d1, this is d2"):
         LatencyTable.open(path, "d2")
+    LatencyTable.open(path, "d1", cell().mode)
+    with pytest.raises(IncompatibleInputError, match=r"in mode .*, this is eager-cold"):
+        LatencyTable.open(path, "d1", "eager-cold")
     good = path.read_text()
     damaged = (good.replace(",0.5,", ",x,"), good.replace(",0.5,", ",-1,"))
     for bad in (*damaged, "a,b\n1,2\n"):
