@@ -47,6 +47,8 @@ def pareto(
             raise UsageError(f"{option} {file} is a folder, expected a file. Add a name to it.")
     if plot and plot.suffix.lower() != ".png":
         raise UsageError(f"--plot {plot} is to be a PNG, expected a name that ends in .png.")
+    if out and at is None:
+        raise UsageError(f"--out {out} is where --at writes its plan: give --at, a layer budget.")
     if at is not None and not 0 < at <= 1:
         raise UsageError(f"--at is {at:g}, expected a ratio above 0 and up to 1.")
     if not (run / "front.csv").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -41,7 +42,7 @@ from blast_search.progress import Reporter, console
 from blast_search.refresh import refresh as refresh_model
 from blast_search.report import SCOPES, budget_text
 from blast_search.retrain import recover
-from blast_search.settings import DTYPES, pick_device
+from blast_search.settings import DTYPES, check_seed, pick_device
 from blast_search.space import SearchSpace
 from blast_search.tasks import exit_text, load_task, names_no_task, refuse_path
 
@@ -189,6 +190,7 @@ def retrain(
     Raises:
         IncompatibleInputError: the last try failed (no batches, a loss that is not finite).
     """
+    check_seed(seed)
     plan = _saved_plan(folder)
     with joined() as team:
         report = report if team.first else Reporter(0, report.check)
@@ -237,6 +239,8 @@ def verify(
     folder: Path, task: str | None, seconds: float, report: Reporter, silent: bool
 ) -> dict[str, Any]:
     """Quality, latency, parameters and MACs of a saved model against dense."""
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"seconds are {seconds:g}, expected a number above 0.")
     plan = _saved_plan(folder)
     loaded = _task_of(plan, task)
     # As the plan was measured: on its kind of device, in its dtype, called in its mode.

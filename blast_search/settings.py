@@ -70,13 +70,18 @@ class Settings:
             raise UsageError(
                 f"trials is {self.trials}, retrain_steps {self.retrain_steps}, expected 0 or more."
             )
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed is {self.seed}, expected 0 or more, and less than 2^32.")
+        check_seed(self.seed)
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             raise UsageError(
                 f"time_limit is {self.time_limit:g} minutes, expected a number above 0. Leave it "
                 "out for no limit."
             )
+
+
+def check_seed(seed: int) -> None:
+    """Raise UsageError for a seed that numpy or PyTorch would not take."""
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed is {seed}, expected 0 or more, and less than 2^32.")
 
 
 def layer_target(budget: float, outside: float) -> float:

@@ -232,6 +232,8 @@ def test_files_go_into_new_folders_and_not_over_folders(spaces: Path, capsys):
     assert Path("new/two/x.png").read_bytes() == b"picture"
     assert call("pareto", str(run), plot, "new/x.svg") == 2
     assert "expected a name that ends in .png" in capsys.readouterr().err
+    assert call("pareto", str(run), "--out", "p.json") == 2
+    assert "is where --at writes its plan" in capsys.readouterr().err
     before = (run / "plan.json").read_bytes()
     for own in ("plan.json", "front.csv", "plans/uniform-low-rank.json"):
         assert call("pareto", str(run), *out, str(run / own)) == 2

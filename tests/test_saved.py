@@ -121,8 +121,12 @@ def test_what_retraining_changes_is_not_judged_by_the_old_metric(saved: Path, ca
 def test_names_are_no_markup(saved: Path, monkeypatch, capsys):
     monkeypatch.setattr(Distance, "metric", ("score[/top1]", True))
     saved.rename("m[a]")
-    task = ("--task", f"{__name__}:distance", "--seconds", "0.1")
-    assert call("verify", "m[a]", *task) == 0
+    task = ("--task", f"{__name__}:distance", "--seconds")
+    for seconds in ("nan", "-5", "inf"):
+        assert call("verify", "m[a]", *task, seconds) == 2
+    assert call("retrain", "m[a]", *task[:2], "--seed", "-1") == 2
+    assert "seed is -1, expected 0 or more" in capsys.readouterr().err
+    assert call("verify", "m[a]", *task, "0.1") == 0
     shown = capsys.readouterr().out
     assert "score[/top1]" in shown
     assert "m[a]: measured" in shown
