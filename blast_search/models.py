@@ -17,7 +17,8 @@ from blast_search.evaluate import evaluate, worse_by
 from blast_search.judge import BROKEN
 from blast_search.modelfolder import load, save
 from blast_search.plan import Plan
-from blast_search.retrain import DEFAULT_STEPS, SLOWER, recover, retrain
+from blast_search.recovery import SLOWER, recover
+from blast_search.retrain import DEFAULT_STEPS, retrain
 from blast_search.runfolder import digest
 
 if TYPE_CHECKING:

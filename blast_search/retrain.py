@@ -7,10 +7,8 @@ BLAST paper's recipe).  AdamW, linear warm-up, cosine decay, gradient norm clipp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from blast_search.apply import duplicate
 from blast_search.batches import Batch, anywhere, evaluating, to_device
 from blast_search.distributed import ALONE, Team
 from blast_search.errors import IncompatibleInputError, UsageError, in_one_line
-from blast_search.evaluate import Task, evaluate, worse_by
+from blast_search.evaluate import Task
 from blast_search.fused import differentiable, unfused
 from blast_search.matrix import BlastLinear
 from blast_search.progress import SILENT, Reporter
@@ -30,7 +28,6 @@ DEFAULT_STEPS = 300
 DEFAULT_LEARNING_RATE = 1e-3
 WARMUP = 0.05
 WITHOUT = "Correct that, or search without retraining: --retrain-steps 0."
-SLOWER = 4  # a retraining that made things worse gets a learning rate so many times lower
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -86,7 +83,7 @@ def retrain(
             a finite value, or there are no batches.
     """
     steps = _steps(task, steps)
-    rate = _rate_of(task) if learning_rate is None else learning_rate
+    rate = rate_of(task) if learning_rate is None else learning_rate
     if steps < 0:
         raise UsageError(f"retraining steps are {steps}, expected 0 or more.")
     parameters = trainable_parameters(model)
@@ -139,7 +136,7 @@ def _steps(task: Task, steps: int | None) -> int:
     return int(getattr(task, "train_steps", DEFAULT_STEPS)) if steps is None else steps
 
 
-def _rate_of(task: Task) -> float:
+def rate_of(task: Task) -> float:
     return float(getattr(task, "learning_rate", DEFAULT_LEARNING_RATE))
 
 
@@ -211,69 +208,6 @@ def _learning(parameter: nn.Parameter) -> nn.Parameter:
     half = parameter.dtype in (torch.float16, torch.bfloat16)
     value = parameter.detach()
     return nn.Parameter(value.float() if half else value)
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What retraining gave: the model (None: none that is as good as before), and of the last try
-    the metric (NaN where it failed), its steps and its error."""
-
-    model: nn.Module | None
-    metric: float
-    steps: int
-    error: IncompatibleInputError | None = None
-
-
-def recover(
-    task: Task,
-    build: Callable[[], nn.Module],
-    teacher: nn.Module,
-    before: float,
-    steps: int | None = None,
-    seed: int = 0,
-    slower: Sequence[float] = (1, SLOWER),
-    report: Reporter = SILENT,
-    name: str = "",
-    team: Team = ALONE,
-) -> Recovery:
-    """Retrain a new model of `build`, and throw it away where that made the metric worse.
-
-    That happens (a rate too high for the task, or a few steps of Adam, all that a time limit
-    left); then it is tried once more at a lower rate.
-
-    Args:
-        before: the metric without retraining.
-        slower: by what the learning rate is divided, try by try.
-        name: of what is retrained, for messages.
-        team: the processes that train together; where one of them fails, nothing is tried again.
-
-    Raises:
-        UsageError: fewer than 0 steps.
-    """
-    rate = _rate_of(task)
-    value, done, failure = float("nan"), 0, None
-    for lower in slower:
-        model, failure = build(), None
-        stage = f"retrain {name}".strip() + (f" at 1/{lower:g} of the rate" if lower > 1 else "")
-        try:
-            done = len(
-                retrain(task, model, teacher, steps, seed, rate / lower, report, stage, team=team)
-            )
-            value = team.told(partial(evaluate, task, model))
-            harm = f"made {name or 'it'} worse ({before:.4g} before, {value:.4g} after)"
-        except IncompatibleInputError as error:
-            if team.size > 1:  # the others may not know of it
-                raise
-            value, failure = float("nan"), error
-            harm = f"failed{f' for {name}' if name else ''} ({error})"
-        if worse_by(task, value, before) <= 0:
-            return Recovery(model, value, done)
-        report.say(
-            f"Retraining at a learning rate of {rate / lower:g} {harm}, judged by "
-            f"{task.metric[0]}: it is not kept."
-        )
-        del model
-    return Recovery(None, value, done, failure)
 
 
 def _endless(task: Task, seed: int) -> Iterator[Batch]:

@@ -39,9 +39,9 @@ from blast_search.modelfolder import WEIGHTS, leaving
 from blast_search.plan import Plan
 from blast_search.prepared import dense_model
 from blast_search.progress import Reporter, console
+from blast_search.recovery import recover
 from blast_search.refresh import refresh as refresh_model
 from blast_search.report import SCOPES, budget_text
-from blast_search.retrain import recover
 from blast_search.settings import DTYPES, check_seed, pick_device
 from blast_search.space import SearchSpace
 from blast_search.tasks import exit_text, load_task, names_no_task, refuse_path

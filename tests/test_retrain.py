@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections import namedtuple
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from toy import Net, ToyTask
 
 import blast_search as bs
-from blast_search import models
+from blast_search import models, recovery
 from blast_search.batches import anywhere, to_device
 from blast_search.engine import Contender
 from blast_search.errors import IncompatibleInputError, UsageError
@@ -216,7 +215,7 @@ def rates(monkeypatch) -> list[float]:
         seen.append(rate)
         return retrain(task, model, teacher, steps, seed, rate, *rest, **more)
 
-    monkeypatch.setattr(importlib.import_module("blast_search.retrain"), "retrain", noted)
+    monkeypatch.setattr(recovery, "retrain", noted)
     return seen
 
 
