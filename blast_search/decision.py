@@ -67,7 +67,8 @@ def decide(
     plans += [(contender.name, contender, made) for contender, made in uniforms.values()]
     pool: Pool = {name: (c, made) for name, c, made in plans if c.feasible}
     if not pool:
-        return Decision(exact, baselines, target, dense, 0, False, exact=exact)
+        nearest = min([exact, *baselines.values()], key=lambda c: c.ratio)
+        return Decision(nearest, baselines, target, dense, 0, False, exact=exact)
     engine.note_point("dense", engine.dense, 0.0)
     tuned: Tuned | None = None
     weights: Mapping[str, float] = {}
@@ -221,7 +222,10 @@ def _searched(
         return tuned.choices
     larger = tuned.near(ratio)
     reached = engine.predicted_ratio(larger)
-    return larger if reached and predicted < CLOSE * reached else tuned.choices
+    if not reached or predicted >= CLOSE * reached:
+        return tuned.choices
+    # A plan near a move may have lost what the move gained.
+    return min((tuned.choices, larger), key=lambda plan: engine.true_loss("searched", plan))
 
 
 def first_plans(engine: Engine, target: float, kinds: Kinds) -> dict[str, Contender | None]:

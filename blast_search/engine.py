@@ -171,8 +171,7 @@ class Engine:
     def settled_points(self, searched: Contender, others: Sequence[Contender]) -> list[FrontPoint]:
         """The evaluated plans, "searched" first, with their latency as it is finally known.
 
-        That is the measured ratio where the final timing has the plan, else what the table with
-        its last correction predicts: corrections differ between stages of the search.
+        Measured where the final timing has the plan, else by the table as it was last corrected.
         """
         timed = {digest(c.choices): self.latency_ratio(c.timing) for c in (*others, searched)}
         loss = self.true_loss("searched", searched.choices)
@@ -206,8 +205,9 @@ class Engine:
 
     def predicted_ratio(self, choices: Choices) -> float | None:
         """The layers' cost under a plan relative to dense: time, or MACs or parameters."""
-        if self.by_time:
-            return self.latency.ratio(choices)
+        ratio = self.latency.ratio(choices)
+        if self.by_time or ratio is None:  # None: a block count of which no cell could be timed
+            return ratio
         cost = sum(self.size(ly, choices.get(ly.name, DENSE)) for ly in self.layers)
         return cost / self.dense_cost
 

@@ -193,13 +193,18 @@ def read_rows(
             "The file was edited or comes from another version: move it away and measure again."
         )
     rows = []
-    for row in reader:
-        if None in row or None in row.values():
-            raise IncompatibleInputError(
-                f"{path}, line {reader.line_num}: {len(header)} columns expected. "
-                "Remove the damaged line; it will be measured again."
-            )
-        rows.append(dict.fromkeys(later, "") | row)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise IncompatibleInputError(
+                    f"{path}, line {reader.line_num}: {len(header)} columns expected. "
+                    "Remove the damaged line; it will be measured again."
+                )
+            rows.append(dict.fromkeys(later, "") | row)
+    except csv.Error as error:  # a stray quote makes one field of all that follows
+        raise IncompatibleInputError(
+            f"{path}, line {reader.line_num}: {error}. Restore the file."
+        ) from error
     return rows
 
 

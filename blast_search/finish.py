@@ -80,7 +80,8 @@ class Finish:
             # A database may hold the studies of many runs.  Runs of one folder name that ask
             # the same question, on several machines for instance, work on one study.
             same = {key: v for key, v in asdict(s).items() if key not in OWN}
-            question = [same, [[ly.name, *ly.shape] for ly in engine.layers]]
+            layers = [[ly.name, *ly.shape] for ly in engine.layers]
+            question = [same, layers, self.prepared.fingerprint]  # plans fit one device's table
             name = f"{storage.study}-{self.folder.resolve().name}-{sha256_json(question)[:8]}"
             me = self.records.once("worker", "worker", "study", lambda: uuid4().hex)
             storage = Storage(s.storage, name, f"{platform.node()}:{me}")

@@ -84,6 +84,9 @@ def final(
             step = BOLD if late else 0.99
             aim *= min(step, target / winner.ratio)
             again = meet(engine, winner.name, make, target, aim)
+            while again and digest(again.choices) == digest(winner.choices):  # of few sizes
+                aim *= BOLD
+                again = meet(engine, winner.name, make, target, aim)
         if again is None or (best and digest(again.choices) == digest(best.winner.choices)):
             break
         winner = again

@@ -98,7 +98,8 @@ class LatencyModel:
     def ratio(self, choices: Choices, correction: float | None = None) -> float | None:
         """Corrected layer latency ratio; None if a block count of the plan was never measured."""
         ratios = [self._ratio(part, choices, correction) for part in self.parts]
-        return max((r for r in ratios if r is not None), default=None)
+        known = [ratio for ratio in ratios if ratio is not None]
+        return max(known) if known and len(known) == len(ratios) else None
 
     def total(self, choices: Choices, correction: float | None = None) -> float | None:
         """The ratio of the weighted sum, whether or not a budget holds on each workload."""

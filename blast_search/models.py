@@ -15,7 +15,7 @@ from blast_search.engine import Contender, Engine
 from blast_search.errors import IncompatibleInputError, in_one_line
 from blast_search.evaluate import evaluate, worse_by
 from blast_search.judge import BROKEN
-from blast_search.modelfolder import load, save
+from blast_search.modelfolder import WEIGHTS, load, save
 from blast_search.plan import Plan
 from blast_search.recovery import SLOWER, recover
 from blast_search.retrain import DEFAULT_STEPS, retrain
@@ -208,7 +208,8 @@ class Models:
 
 
 def _holds(folder: Path, contender: Contender) -> bool:
-    return (folder / "plan.json").is_file() and Plan.load(folder).choices == contender.choices
+    whole = (folder / "plan.json").is_file() and (folder / WEIGHTS).is_file()  # or half removed
+    return whole and Plan.load(folder).choices == contender.choices
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from blast_search.batches import Batch, spread
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.errors import IncompatibleInputError
-from blast_search.files import append_row, read_rows
+from blast_search.files import append_row, finite, read_rows
 from blast_search.fitting import Fitter
 from blast_search.judge import Question
 from blast_search.panel import Panel
@@ -55,7 +55,7 @@ class ProbeTable:
         for row in read_rows(path, FIELDS):
             try:
                 key = (row["kind"], row["layer"], Candidate.from_key(row["candidate"]))
-                table.values[key] = float(row["error"]), float(row["loss"])
+                table.values[key] = finite(row["error"]), finite(row["loss"])
             except ValueError as error:
                 raise IncompatibleInputError(f"{path}: {error}. Remove the line.") from error
         return table

@@ -323,6 +323,45 @@ def test_what_retraining_said_does_not_hold_for_a_plan_that_was_tightened(
     assert found.winner.name == name
 
 
+def test_the_nearest_plan_of_a_budget_out_of_reach_may_be_a_uniform_one(monkeypatch):
+    world = Kinds(lambda *_: 0, smallest=350)
+    uniform = {"a": Candidate(1, 310), "b": Candidate(1, 2)}
+    monkeypatch.setattr(world, "largest_uniform", lambda *_: uniform)
+    found = decided(world, monkeypatch)
+    assert not found.met
+    assert rank(found.winner.choices) == 310
+
+
+def test_a_kind_of_few_sizes_is_tightened_to_the_next_one(monkeypatch):
+    class Coarse(Kinds):
+        def largest_uniform(self, _blocks: int, ratio: float) -> Choices:
+            wanted = 1000 * ratio / self.latency.correction
+            for r in (900, 270, 180, 90):
+                if r <= wanted:
+                    return {"a": Candidate(1, r), "b": Candidate(1, 2)}
+            raise InfeasibleBudgetError("none")
+
+    world = Coarse(lambda *_: 0, losses={1: 1.0, 2: 0.1}, last={1: 1.0, 2: 1.13})
+    found = decided(world, monkeypatch)
+    assert found.met
+    assert kind(found) == 2
+
+
+def test_a_larger_plan_that_lost_what_the_trials_found_does_not_replace_it(monkeypatch):
+    class Quick(Kinds):
+        def time(self, _name: str, plans: Mapping[str, Choices], _seconds: float) -> list[Timing]:
+            slower = {3: 0.8, 4: 0.8}
+            ratios = [slower.get(p["b"].rank, 1.0) * rank(p) / 1000 for p in plans.values()]
+            return [replace(TIMING, ratio_layers=ratio) for ratio in ratios]
+
+    world = Quick(lambda *_: 0, losses={1: 1.0, 2: 1.2, 3: 0.5, 4: 2.0})
+    near = lambda r: world.exact(r) | {"b": Candidate(1, 4)}  # noqa: E731
+    tuned = Tuned({"a": 1.0}, plan(292) | {"b": Candidate(1, 3)}, 20, near)
+    monkeypatch.setattr(decision, "_tuned", lambda *_: (tuned, {"a": 1.0}))
+    found = decide(world, TARGET, TIMING, 20, Storage("sqlite://"), 0)  # type: ignore[arg-type]
+    assert kind(found) == 3
+
+
 @dataclass
 class Together(Kinds):
     """The solver's plans take 1.2 times what is predicted, uniform ones 0.8 times."""

@@ -133,6 +133,10 @@ def test_worker_modes():
         workers.resolve("dask")
 
 
+def table_of(dense_us: float, ratio: float) -> Measurement:
+    return Measurement(dense_us * ratio, 1, 1, 20, dense_us, ratio, ratio, ratio)
+
+
 def table_for(layers, ratio: float) -> LatencyTable:
     table = LatencyTable("d")
     for cell in cells_for(layers, SPACE, "d", torch.float32, "cpu"):
@@ -183,6 +187,10 @@ def test_a_budget_on_each_workload_counts_the_worst():
     assert each.ratio({"a": DENSE, "b": DENSE}) == pytest.approx(1.0)
     each.correction = each.asked_correction(plan, 0.9)
     assert each.ratio(plan) == pytest.approx(0.9)
+    two = Candidate(2, 8)  # timed in one workload only: it failed in the other
+    table.add(Cell("d", "eager", "float32", "x", 64, 64, True, 32, two), table_of(400.0, 0.1))
+    each.table_changed()
+    assert each.ratio({"a": two, "b": DENSE}) is None
     # The solver's rows say the same: only both layers in low rank keep 0.85 on each.
     each.correction = 0.9
     options = {

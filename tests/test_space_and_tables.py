@@ -118,6 +118,9 @@ def test_foreign_and_damaged_tables_are_refused(tmp_path: Path):
     with pytest.raises(IncompatibleInputError, match=r"in mode .*, this is eager-cold"):
         LatencyTable.open(path, "d1", "eager-cold")
     good = path.read_text()
+    path.write_text(good + '"' + good * 2000)  # a stray quote, and more than a field can hold
+    with pytest.raises(IncompatibleInputError, match=r"field larger than .* Restore the file"):
+        LatencyTable.open(path, "d1")
     damaged = (good.replace(",0.5,", ",x,"), good.replace(",0.5,", ",-1,"))
     for bad in (*damaged, "a,b\n1,2\n"):
         path.write_text(bad)
