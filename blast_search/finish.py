@@ -206,10 +206,6 @@ class Finish:
         drop = worse_by(task, value, self.pipeline.dense_metric)
         if s.max_drop is None or drop <= s.max_drop:
             return None
-        held = drop
-        if math.isfinite(drop):  # rounded up: the drop that is named must do
-            step = 10.0 ** (math.floor(math.log10(drop)) - 2)
-            held = math.ceil(drop / step) * step
         moves = f"{task.metric[0]} {'falls' if task.metric[1] else 'rises'} by {drop:.4g}"
         if s.budget is None:
             return InfeasibleBudgetError(
@@ -217,6 +213,10 @@ class Finish:
                 "before, or with none replaced. Have evaluate() give the same number each time "
                 f"(seed what it draws). The nearest plan is in {self.folder / 'plan.json'}."
             )
+        held = drop
+        if math.isfinite(drop):  # rounded up: the drop that is named must do
+            step = 10.0 ** (math.floor(math.log10(drop)) - 2)
+            held = math.ceil(drop / step) * step
         return InfeasibleBudgetError(
             f"no plan meets both budgets: at budget {s.budget:g} (scope {s.budget_scope}) "
             f"{moves}, more than --max-drop {s.max_drop:g}; the "

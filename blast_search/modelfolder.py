@@ -144,12 +144,12 @@ def load(folder: str | Path, model_factory: Callable[[], nn.Module]) -> nn.Modul
 
 def _make_room(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Buffers that the saved model had made in its first call, and a new one still has as None."""
+    modules = dict(model.named_modules())
     for name in tensors.keys() - model.state_dict().keys():
         path, _, own = name.rpartition(".")
-        module = dict(model.named_modules()).get(path)
-        if module is not None and module._buffers.get(own, name) is None:
+        if path in modules and modules[path]._buffers.get(own, name) is None:
             device = next(iter(model.parameters())).device
-            module._buffers[own] = tensors[name].to(device, copy=True)
+            modules[path]._buffers[own] = tensors[name].to(device, copy=True)
 
 
 def _check_memory(model: nn.Module) -> None:

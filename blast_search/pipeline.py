@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blast_search.calibrate import collect_grams, data_digest
+from blast_search.calibrate import collect_grams
 from blast_search.deadline import FOREVER, Deadline
 from blast_search.describe import write_front
 from blast_search.doubtful import doubtful
@@ -165,7 +165,7 @@ def opened(
                 check_database(settings.storage)
             prepared = prepare(loaded, settings, kept_space(folder, settings.space))
             read_calibration(prepared, settings.seed)
-            check_layers(folder, prepared.layers, data_digest(prepared.batches))
+            check_layers(folder, prepared.layers, prepared.data_digest)
         yield Pipeline(folder, settings, prepared, workers, ray_address, report, began)
 
 

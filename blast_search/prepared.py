@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,10 +61,15 @@ class Prepared:
         held = sum(math.prod(layer.shape) for layer in self.layers)
         return held / max(count_params(self.model), 1)
 
+    @cached_property
+    def data_digest(self) -> str:
+        """Of the calibration data, once they were read."""
+        return data_digest(self.batches)
+
     def listing(self) -> dict[str, Any]:
         """What layers.json holds."""
         found = {"layers": [asdict(layer) for layer in self.layers], "skipped": self.skipped}
-        return found | ({"calibration": data_digest(self.batches)} if self.batches else {})
+        return found | ({"calibration": self.data_digest} if self.batches else {})
 
     def cells(self) -> list[Cell]:
         return cells_for(
